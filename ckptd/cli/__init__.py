@@ -1,0 +1,1 @@
+"""ckptctl, one file per verb."""

@@ -1,0 +1,1 @@
+"""The training side: what runs inside a rank. Standard library only."""

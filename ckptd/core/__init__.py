@@ -1,0 +1,1 @@
+"""Decisions without IO: state machines, lineage, restore planning and policies."""

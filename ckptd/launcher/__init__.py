@@ -1,0 +1,1 @@
+"""The job's small parent process: imports the heavy modules once and forks ranks from there."""

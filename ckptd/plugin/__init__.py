@@ -1,0 +1,1 @@
+"""The extension surface: hookspecs and the manager that loads plugins."""

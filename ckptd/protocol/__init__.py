@@ -1,0 +1,1 @@
+"""What agent, ranks, launcher and command line say to each other."""

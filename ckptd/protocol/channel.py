@@ -1,0 +1,104 @@
+"""A blocking connection with deadlines, for the sides that wait: ranks, the launcher and `ckptctl`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import TypeVar
+
+from ckptd.errors import AgentError, ProtocolError, from_json
+from ckptd.protocol import endpoint
+from ckptd.protocol.codec import Decoder, encode
+from ckptd.protocol.messages import Hello, Message, Refused, Welcome, check_version, parse, to_frame
+
+Kind = TypeVar("Kind", bound=Message)
+_READ_BYTES = 256 * 1024
+_MAX_DESCRIPTORS = 66
+
+
+class Channel:
+    """One stream socket that carries messages, and descriptors beside them.
+
+    Descriptors arrive in the order in which messages that own them were sent; `take_descriptors` hands them out.
+    """
+
+    def __init__(self, stream: socket.socket) -> None:
+        self.stream = stream
+        self._decoder = Decoder()
+        self._ready: list[Message] = []
+        self._descriptors: list[int] = []
+
+    def send(self, message: Message, deadline_s: float) -> None:
+        """Send one message within `deadline_s`; raises `AgentError` when the peer is gone or stuck."""
+        try:
+            self.stream.settimeout(deadline_s)
+            self.stream.sendall(encode(to_frame(message)))
+        except OSError as error:
+            raise _gone("did not take a message", error) from error
+
+    def receive(self, deadline_s: float) -> Message:
+        """Return the next message within `deadline_s`; raises `AgentError` when there is none."""
+        end_s = time.monotonic() + deadline_s
+        while not self._ready:
+            left_s = end_s - time.monotonic()
+            if left_s <= 0:
+                raise AgentError(f"the agent did not answer within {deadline_s:g} s")
+            try:
+                self.stream.settimeout(left_s)
+                data, descriptors, _, _ = socket.recv_fds(self.stream, _READ_BYTES, _MAX_DESCRIPTORS)
+            except TimeoutError:
+                continue
+            except OSError as error:
+                raise _gone("broke the connection", error) from error
+            self._descriptors += descriptors
+            if not data:
+                raise AgentError("the agent closed the connection")
+            self._ready += [parse(frame) for frame in self._decoder.feed(data)]
+        return self._ready.pop(0)
+
+    def call(self, message: Message, deadline_s: float) -> Message:
+        """Send a request and return its answer; a `Refused` answer is raised as the error that it carries."""
+        self.send(message, deadline_s)
+        answer = self.receive(deadline_s)
+        if isinstance(answer, Refused):
+            raise from_json(answer.error)
+        return answer
+
+    def take_descriptors(self, count: int) -> list[int]:
+        """Return `count` descriptors that came with the message just received; the caller closes them."""
+        if len(self._descriptors) < count:
+            raise ProtocolError(f"{count} descriptors were announced, {len(self._descriptors)} arrived")
+        taken, self._descriptors = self._descriptors[:count], self._descriptors[count:]
+        return taken
+
+    def close(self) -> None:
+        """Close the connection and every descriptor that nobody took."""
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors = []
+        self.stream.close()
+
+
+def open_channel(path: str, role: str, deadline_s: float) -> tuple[Channel, Welcome]:
+    """Connect to the agent at `path` and greet it; raises `OSError` when nobody listens there."""
+    channel = Channel(endpoint.connect(path, deadline_s))
+    try:
+        answer = expect(channel.call(Hello(role, os.getpid()), deadline_s), Welcome)
+        check_version(answer.version, "the agent")
+    except BaseException:
+        channel.close()
+        raise
+    return channel, answer
+
+
+def expect(answer: Message, kind: type[Kind]) -> Kind:
+    """Return `answer` when it is of `kind`; raises `ProtocolError` that names both."""
+    if not isinstance(answer, kind):
+        raise ProtocolError(f"the agent answered with {type(answer).__name__} where {kind.__name__} was due")
+    return answer
+
+
+def _gone(what: str, error: OSError) -> AgentError:
+    reason = "deadline passed" if isinstance(error, TimeoutError) else error.strerror or str(error)
+    return AgentError(f"the agent {what}: {reason}")

@@ -1,0 +1,80 @@
+"""The control page: one page of memory shared by the agent and one rank, so that a step costs no system call.
+
+The page is an array of unsigned 64-bit words in the machine's byte order. Each word has exactly one writer, so no
+lock is needed; an aligned 8-byte store is atomic on every machine that runs CUDA. The agent lends it as a memfd.
+
+Slots: a slot is free when `SLOT_SEALED + i` (how often the rank has sealed it) equals `SLOT_RELEASED + i` (how often
+the agent has let go of it). Two counters with one writer each cannot race, as one flag with two writers would.
+"""
+
+from __future__ import annotations
+
+import mmap
+from enum import IntEnum
+
+PAGE_BYTES = 4096
+MAX_SLOTS = 64
+NEVER = 2**63
+"""Written to `CAPTURE_STEP` when no capture is wanted."""
+
+
+class Word(IntEnum):
+    """Which word of the page means what, and who writes it."""
+
+    MAGIC = 0  # agent
+    VERSION = 1  # agent
+    CAPTURE_STEP = 2  # agent: capture at the boundary of this step
+    STEP = 8  # rank: last finished step
+    BEAT_NS = 9  # rank: monotonic time of the last boundary
+    PHASE = 10  # rank: a Phase
+    SLOT_SEALED = 64  # rank: + slot number
+    SLOT_RELEASED = 128  # agent: + slot number
+
+
+class Phase(IntEnum):
+    """What a rank is doing, for `ckptctl status` and the detectors."""
+
+    JOINING = 0
+    RESTORING = 1
+    TRAINING = 2
+    CAPTURING = 3
+    LEFT = 4
+
+
+MAGIC = int.from_bytes(b"ckptd\0pg", "little")
+PAGE_VERSION = 1
+
+
+class ControlPage:
+    """A mapped control page; both sides use the same class and keep to the words that they own."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Map the page behind `descriptor`, which may be closed afterwards."""
+        self._map = mmap.mmap(descriptor, PAGE_BYTES, mmap.MAP_SHARED)
+        self.words = memoryview(self._map).cast("Q")
+
+    def format(self) -> None:
+        """Write the fixed words of a new page (agent)."""
+        self.words[Word.MAGIC] = MAGIC
+        self.words[Word.VERSION] = PAGE_VERSION
+        self.words[Word.CAPTURE_STEP] = NEVER
+
+    @property
+    def valid(self) -> bool:
+        """Whether this is a page of the layout that this code knows."""
+        return self.words[Word.MAGIC] == MAGIC and self.words[Word.VERSION] == PAGE_VERSION
+
+    def slot_free(self, slot: int) -> bool:
+        """Whether the rank may write slot number `slot`."""
+        return self.words[Word.SLOT_SEALED + slot] == self.words[Word.SLOT_RELEASED + slot]
+
+    @property
+    def phase(self) -> Phase:
+        """What the rank says it is doing; an unknown number (a newer client) reads as training."""
+        number = self.words[Word.PHASE]
+        return Phase(number) if number in Phase._value2member_map_ else Phase.TRAINING
+
+    def close(self) -> None:
+        """Unmap the page."""
+        self.words.release()
+        self._map.close()

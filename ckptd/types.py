@@ -1,0 +1,162 @@
+"""The nouns of ckptd as frozen values: what every layer may hold, compare and print.
+
+Nothing here does anything. Times named `_at` are seconds of the wall clock (for people and files), times named
+`_s` are durations or readings of the monotonic clock (for decisions).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class CheckpointId(NamedTuple):
+    """Names a snapshot or checkpoint of a job: which incarnation made it, at which finished step."""
+
+    generation: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"g{self.generation}/s{self.step}"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """One committed checkpoint as a tier lists it."""
+
+    id: CheckpointId
+    parent: CheckpointId | None
+    tier: str
+    committed_at: float
+    size_bytes: int
+    shards: int
+    world_size: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the stable shape of `ckptctl ls --json`."""
+        return {
+            "generation": self.id.generation,
+            "step": self.id.step,
+            "tier": self.tier,
+            "committed_at": self.committed_at,
+            "size_bytes": self.size_bytes,
+            "shards": self.shards,
+            "world_size": self.world_size,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpan:
+    """Where one tensor lies in a shard image: `begin` and `end` are byte offsets from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class RaisedException:
+    """An uncaught exception of a rank, as text: objects of a dead process are of no use to anybody."""
+
+    type: str
+    message: str
+    traceback: str
+    error: dict[str, Any] | None = None
+    """The `CkptdError.to_json()` form when the exception was ours: a refusal, not a crash."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that crosses the socket and is kept with an incident."""
+        return {"type": self.type, "message": self.message, "traceback": self.traceback, "error": self.error}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RaisedException:
+        """Rebuild what `to_json` wrote."""
+        return cls(str(data["type"]), str(data["message"]), str(data["traceback"]), data.get("error"))
+
+
+@dataclass(frozen=True, slots=True)
+class RankExit:
+    """How one rank's process ended, as its parent saw it."""
+
+    rank: int
+    pid: int
+    returncode: int
+    """The exit code, or minus the signal's number, as `subprocess` has it."""
+    at_s: float
+    """Monotonic time at which the parent learned of the end."""
+    exception: RaisedException | None = None
+    last_lines: tuple[str, ...] = ()
+    """The end of what the rank wrote to stderr."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A detector's typed claim: what happened to which rank, how sure, and in words."""
+
+    detector: str
+    kind: str
+    rank: int | None
+    certainty: float
+    summary: str
+    at_s: float
+    signal: int | None = None
+    returncode: int | None = None
+    exception: RaisedException | None = None
+    fatal: bool = True
+
+    @property
+    def signature(self) -> str:
+        """What makes two failures the same failure, for the policy that counts repetitions."""
+        if self.exception is not None:
+            return f"{self.exception.type}: {self.exception.message}"
+        return f"{self.kind} {self.signal if self.signal is not None else self.returncode}"
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """One failure: its evidence, the decision with its reasons, what was lost and how long each phase took."""
+
+    number: int
+    job: str
+    generation: int
+    cause: str
+    rank: int | None
+    signal: int | None
+    returncode: int | None
+    failed_at: float
+    failed_step: int
+    lost_steps: int | None = None
+    restored: dict[str, Any] | None = None
+    """{step, tier, generation} of what the next generation began with; None for a fresh start or no restart."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    decision: str = ""
+    reasons: tuple[str, ...] = ()
+    consequences: tuple[str, ...] = ()
+    exception: RaisedException | None = None
+    last_lines: tuple[str, ...] = ()
+    closed: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the stable shape of `ckptctl incidents --json`."""
+        return {
+            "number": self.number,
+            "job": self.job,
+            "generation": self.generation,
+            "cause": self.cause,
+            "rank": self.rank,
+            "signal": self.signal,
+            "returncode": self.returncode,
+            "failed_at": self.failed_at,
+            "failed_step": self.failed_step,
+            "lost_steps": self.lost_steps,
+            "restored": self.restored,
+            "seconds": dict(self.seconds),
+            "decision": self.decision,
+            "reasons": list(self.reasons),
+            "consequences": list(self.consequences),
+            "exception": None if self.exception is None else self.exception.to_json(),
+            "last_lines": list(self.last_lines),
+            "closed": self.closed,
+        }

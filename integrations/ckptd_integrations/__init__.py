@@ -1,0 +1,1 @@
+"""Framework integrations that ship with ckptd."""

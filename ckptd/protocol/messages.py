@@ -284,7 +284,7 @@ def parse(frame: dict[str, Any]) -> Message:
     if kind is None:
         raise ProtocolError(f"a peer sent a message of unknown type {name!r}")
     spec = _spec(kind.__name__.lower())
-    values: dict[str, Any] = {}  # noqa: RUF012 - copied for each instance
+    values: dict[str, Any] = {}
     for key, value in frame.items():
         if key == "type":
             continue

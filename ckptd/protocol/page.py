@@ -10,6 +10,7 @@ the agent has let go of it). Two counters with one writer each cannot race, as o
 from __future__ import annotations
 
 import mmap
+from collections.abc import Collection
 from enum import IntEnum
 
 PAGE_BYTES = 4096
@@ -53,11 +54,25 @@ class ControlPage:
         self._map = mmap.mmap(descriptor, PAGE_BYTES, mmap.MAP_SHARED)
         self.words = memoryview(self._map).cast("Q")
 
-    def format(self) -> None:
-        """Write the fixed words of a new page (agent)."""
+    def format(self, held: Collection[int] = ()) -> None:
+        """Write the fixed words of a new page; slots in `held` begin as sealed (agent)."""
         self.words[Word.MAGIC] = MAGIC
         self.words[Word.VERSION] = PAGE_VERSION
         self.words[Word.CAPTURE_STEP] = NEVER
+        for slot in held:
+            self.words[Word.SLOT_SEALED + slot] = 1
+
+    def announce(self, step: int | None) -> None:
+        """Write the step to capture next, None for no capture (agent)."""
+        self.words[Word.CAPTURE_STEP] = NEVER if step is None else step
+
+    def release(self, slot: int) -> None:
+        """Let the rank write a sealed slot again (agent)."""
+        self.words[Word.SLOT_RELEASED + slot] = self.words[Word.SLOT_SEALED + slot]
+
+    def seal(self, slot: int) -> None:
+        """Take a slot out of use until the agent releases it (rank)."""
+        self.words[Word.SLOT_SEALED + slot] += 1
 
     @property
     def valid(self) -> bool:

@@ -13,6 +13,10 @@ import xxhash
 DIGEST_NAME = "xxh3-128"
 
 
+StreamDigest = xxhash.xxh3_128
+"""The same digest, fed piece by piece: `update(bytes)`, then `hexdigest()`."""
+
+
 def digest(data: memoryview | bytes) -> str:
     """Return the digest of `data` in hex. Releases the GIL for more than a few KiB."""
     return xxhash.xxh3_128_hexdigest(data)

@@ -116,7 +116,12 @@ def parse(image: memoryview) -> Layout:
     data_begin = header_bytes(image[: _LENGTH.size])
     if data_begin > len(image):
         raise DamagedError(f"a shard of {len(image)} bytes announces a header of {data_begin} bytes")
-    header = bytes(image[:data_begin])
+    return parse_header(bytes(image[:data_begin]), len(image))
+
+
+def parse_header(header: bytes, file_bytes: int) -> Layout:
+    """Read the layout from an image's first bytes, as many as `header_bytes` said, of a file of `file_bytes`."""
+    data_begin = len(header)
     try:
         entries = json.loads(header[_LENGTH.size :])
         metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
@@ -135,7 +140,7 @@ def parse(image: memoryview) -> Layout:
         )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise DamagedError("a shard's header can't be read") from error
-    _check(spans, data_begin, len(image))
+    _check(spans, data_begin, file_bytes)
     return Layout(header, tuple(spans), metadata, spans[-1].end)
 
 

@@ -1,0 +1,58 @@
+"""`ckptctl ls`: the committed checkpoints of a job."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from ckptd.cli.common import checkpoints, find_job, when
+from ckptd.cli.render import show_json, show_table
+from ckptd.errors import DamagedError, NotFoundError
+from ckptd.storage.catalog import load_manifest
+from ckptd.units import show_size
+
+
+def register(verbs: Any) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser("ls", help="list a job's checkpoints")
+    parser.add_argument("job", metavar="JOB")
+    parser.add_argument("--store", metavar="PATH", help="look here instead of where the job ran")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="a list of {generation, step, tier, committed_at, size_bytes, shards, world_size}",
+    )
+    parser.set_defaults(verb=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """List the checkpoints, newest first; exit code 5 when a manifest can't be read."""
+    place = find_job(options.job, options.store)
+    records, damaged = [], []
+    for checkpoint in checkpoints(place):
+        try:
+            records.append(load_manifest(place.tier, place.job, checkpoint).record(place.tier.name))
+        except DamagedError as error:
+            damaged.append(error)
+        except NotFoundError:
+            continue  # pruned while we looked
+    if options.json:
+        show_json([record.to_json() for record in records])
+    else:
+        columns = "STEP> GENERATION> TIER COMMITTED SIZE> SHARDS>"
+        rows = [
+            (
+                item.id.step,
+                item.id.generation,
+                item.tier,
+                when(item.committed_at),
+                show_size(item.size_bytes),
+                item.shards,
+            )
+            for item in records
+        ]
+        show_table(columns, rows, f"job {place.job} has no checkpoint that can be read in {place.tier.url}")
+    for error in damaged:
+        print(f"ckptctl: damaged: {error.message}", file=sys.stderr)
+    return DamagedError.exit_code if damaged else 0

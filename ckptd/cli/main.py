@@ -1,0 +1,77 @@
+"""`ckptctl`: one file per verb, one line per error, one exit code per kind of error."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+
+from ckptd.cli import checkpoint, incidents, ls, restart, run, show, status, stop, submit, verify
+from ckptd.errors import CkptdError
+from ckptd.version import __version__
+
+_VERBS = (run, submit, status, ls, show, verify, incidents, checkpoint, restart, stop)
+_INTERRUPTED = 130
+_EPILOG = """\
+Exit codes: 0 done, 1 other error, 2 unusable arguments, 3 no such job or checkpoint, 4 store, 5 damaged data,
+6 not enough memory, 7 state can't be captured or restored, 8 no agent, 9 protocol, 10 job failed, 11 fenced off by
+another agent or generation, 12 plugin, 75 stopped on purpose (resumable), 130 interrupted.
+Environment: CKPTD_HOME (state, default ~/.local/state/ckptd), CKPTD_SOCKET, CKPTD_MEMORY_MAX, CKPTD_LOG_FORMAT.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options = parser.parse_args(given[: given.index("--")] if "--" in given else given)
+    options.command_line = given[given.index("--") + 1 :] if "--" in given else []
+    if not options.debug:
+        sys.excepthook = _no_traceback
+    try:
+        code: int = options.verb(options)
+        sys.stdout.flush()
+    except CkptdError as error:
+        if options.debug:
+            raise
+        return show_error(error)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keeps the exit from failing again
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ckptctl",
+        description="Run training jobs under ckptd, and see what it keeps of them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ckptd {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks, and log decisions")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for module in _VERBS:
+        module.register(verbs)
+    return parser
+
+
+def show_error(error: CkptdError) -> int:
+    """Print an error for people; return its exit code."""
+    print(f"ckptctl: error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"  hint: {error.hint}", file=sys.stderr)
+    return error.exit_code
+
+
+def _no_traceback(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
+    print(f"ckptctl: internal error: {kind.__name__}: {error}", file=sys.stderr)
+    print("  hint: this is a bug in ckptd; --debug before the verb shows where", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""`ckptctl run`: run a job in the foreground, under an agent that lives in this process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from ckptd.config import DEFAULT_PRELOAD, AgentConfig, JobConfig, absolute_store
+from ckptd.core import events as e
+from ckptd.daemon.agent import Agent
+from ckptd.daemon.supervisor import Supervisor
+from ckptd.errors import ConfigError
+from ckptd.log import set_up
+from ckptd.units import parse_duration
+
+STOPPED = 75
+_STOP_GRACE_S = 60.0
+
+
+def register(verbs: Any) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "run",
+        help="run a job in the foreground",
+        usage="ckptctl run [options] -- COMMAND ARGS...",
+        description="Start every rank of a job, checkpoint it while it trains, and restart the whole job from the "
+        "newest snapshot when a rank dies. COMMAND is a Python script, -m MODULE, or any program; scripts written "
+        "for torchrun run unchanged. Ctrl-C stops at the next boundary, with a checkpoint; twice: at once.",
+    )
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="how many ranks (default 1)")
+    parser.add_argument("--every", default="30s", metavar="TIME", help='between checkpoints, like "5s" (default 30s)')
+    parser.add_argument("--store", default="./runs", metavar="PATH", help="where checkpoints go (default ./runs)")
+    parser.add_argument("--name", metavar="NAME", help="the job's name (default: the script's)")
+    parser.add_argument("--keep-last", type=int, default=3, metavar="N", help="checkpoints to keep (default 3)")
+    parser.add_argument("--max-restarts", type=int, default=100, metavar="N", help="restarts to allow (default 100)")
+    parser.add_argument(
+        "--preload",
+        default=",".join(DEFAULT_PRELOAD),
+        metavar="MODULES",
+        help=f"imported once, before the ranks are forked (default {','.join(DEFAULT_PRELOAD)})",
+    )
+    parser.add_argument("--no-preload", action="store_true", help="start every rank by plain exec")
+    parser.add_argument("--python", default=sys.executable, metavar="PATH", help="the interpreter of the ranks")
+    parser.add_argument("--log-format", choices=("auto", "console", "json"), help="how ckptd logs (default auto)")
+    parser.set_defaults(verb=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the job to its end."""
+    config = _job_config(options)
+    agent_config = AgentConfig.from_environ(os.environ)
+    place = agent_config.home / "agents" / f"{os.getpid()}.sock"
+    agent_config = dataclasses.replace(agent_config, socket=place)
+    set_up(options.log_format or agent_config.log_format, debug=options.debug)
+    _sweep(place.parent)
+    end = asyncio.run(_serve(agent_config, config))
+    if end.error is not None:
+        if end.exception is not None and end.exception.error is None:
+            print(f"\nThe rank's traceback:\n{end.exception.traceback}", file=sys.stderr)
+        raise end.error
+    return STOPPED if end.outcome == "stopped" else 0
+
+
+def _job_config(options: argparse.Namespace) -> JobConfig:
+    command = tuple(options.command_line)
+    if not command:
+        raise ConfigError("no command is given", hint="put it behind --, like: ckptctl run --nproc 2 -- train.py")
+    preload = () if options.no_preload else tuple(name for name in options.preload.split(",") if name)
+    return JobConfig(
+        name=options.name or job_name(command),
+        command=command,
+        store=absolute_store(options.store, Path.cwd()),
+        nproc=options.nproc,
+        every_s=parse_duration(options.every, "--every"),
+        keep_last=options.keep_last,
+        max_restarts=options.max_restarts,
+        preload=preload,
+        python=options.python,
+        cwd=str(Path.cwd()),
+    )
+
+
+def job_name(command: tuple[str, ...]) -> str:
+    """Return the default name of a job: its script's or module's."""
+    target = command[1].rpartition(".")[2] if command[0] == "-m" and len(command) > 1 else Path(command[0]).stem
+    return re.sub(r"[^A-Za-z0-9._-]", "-", target).lstrip("-._") or "job"
+
+
+async def _serve(agent_config: AgentConfig, config: JobConfig) -> e.End:
+    agent = Agent(agent_config, foreground=True, on_agent_loss="end")
+    try:
+        job = agent.submit(config)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, _stop, job, number)
+        return await job.ended
+    finally:
+        await agent.close()
+
+
+def _stop(job: Supervisor, number: int) -> None:
+    again = job.stopping
+    if number == signal.SIGINT and not again:
+        print(
+            "\nckptctl: stopping at the next boundary, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr
+        )
+    job.stop(_STOP_GRACE_S, checkpoint=not again)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove sockets that killed agents left behind."""
+    for path in folder.glob("*.sock"):
+        if path.stem.isdigit() and not Path(f"/proc/{path.stem}").exists():
+            path.unlink(missing_ok=True)

@@ -1,0 +1,115 @@
+"""`ckptd.attach`: a rank takes its place in a job and gets its state back."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import Any
+
+from ckptd.client.embedded import pick_framework, reach_agent
+from ckptd.client.framework import Framework
+from ckptd.client.guard import say
+from ckptd.client.run import Run, current_run
+from ckptd.client.session import Session
+from ckptd.errors import AgentError, ConfigError, ProtocolError, StateError
+from ckptd.protocol import endpoint
+from ckptd.protocol import messages as m
+
+
+def attach(
+    *,
+    job: str | None = None,
+    store: str | None = None,
+    every: str | float | None = None,
+    strict: bool = False,
+    rng: bool = True,
+    **state: Any,
+) -> Run:
+    """Attach this rank's training state to its job, and restore it when there is something to restore.
+
+    `state` are the objects to checkpoint, under names of your choice: anything with `state_dict` and
+    `load_state_dict`, tensors, and nested containers of tensors and plain values. `rng` adds the random number
+    generators of Python, NumPy and torch. `job`, `store` and `every` ("30s") matter only where no supervisor has set
+    them; they default to the script's name, `$CKPTD_STORE` or a folder below `$CKPTD_HOME`, and 30 s.
+
+    Returns a `Run`, to be used as a context manager. Raises `StateError` for state that can't be captured or does
+    not fit what is restored, `DamagedError` when checkpoints exist and none can be read, and `MemoryBudgetError` when
+    the slots don't fit: all before the first step. An agent that can't be reached costs protection, not the training,
+    unless `strict`.
+    """
+    return begin(job=job, store=store, every=every, strict=strict, rng=rng).attach(**state)
+
+
+def begin(*, job: str | None, store: str | None, every: str | float | None, strict: bool, rng: bool) -> Run:
+    """Return a run whose objects are still to be attached; `@resumable` hands it to the decorated function."""
+    if current_run() is not None:
+        raise ConfigError("this process has a run already", hint="attach all state in one call, once per process")
+    run = Run(strict=strict)
+
+    def bind(state: dict[str, Any]) -> None:
+        try:
+            _join(run, state, rng=rng, options=_options(store, every), job=job)
+        except (AgentError, ProtocolError) as error:
+            run._unprotect()  # noqa: SLF001 - the same package
+            if strict:
+                raise
+            say(f"{error}")
+            say("training goes on UNPROTECTED: nothing will be checkpointed")
+            run.state = dict(state)
+        except BaseException:
+            run._unprotect()  # noqa: SLF001 - the same package
+            raise
+
+    run._bind = bind  # noqa: SLF001 - the same package
+    return run
+
+
+def _join(run: Run, state: dict[str, Any], *, rng: bool, options: dict[str, Any], job: str | None) -> None:
+    environ = os.environ
+    generation = int(environ.get("CKPTD_GENERATION", "0"))
+    rank, world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
+    name = job if job and not generation else environ.get("CKPTD_JOB") or job or _script_name()
+    channel, welcome = reach_agent(endpoint.socket_path(environ), may_start=not generation)
+    session = Session(channel)
+    try:
+        framework = load_framework(pick_framework(welcome.frameworks))
+        binding = framework.bind(state, rng=rng)
+        binding.prepare()  # what can't be captured is refused now, not an interval into the training
+        session.join(m.Join(name, rank, world_size, generation, {} if generation else options))
+    except BaseException:
+        session.close()
+        raise
+    run._begin(session, binding, (name, rank))  # noqa: SLF001 - the same package
+
+
+def load_framework(target: str) -> Framework:
+    """Import a framework adapter by "module:attribute"."""
+    from importlib import import_module  # noqa: PLC0415 - keeps the client's own import short
+
+    module, _, attribute = target.partition(":")
+    try:
+        framework: Framework = getattr(import_module(module), attribute)()
+    except ImportError as error:
+        raise StateError(
+            f"the adapter {target} can't be imported: {error}", hint="install ckptd[torch] in this environment"
+        ) from error
+    return framework
+
+
+def _options(store: str | None, every: str | float | None) -> dict[str, Any]:
+    from ckptd.units import parse_duration  # noqa: PLC0415 - only a rank without supervisor needs it
+
+    environ = os.environ
+    place = store or environ.get("CKPTD_STORE") or os.path.join(endpoint.home(environ), "store")
+    interval = every if every is not None else environ.get("CKPTD_EVERY", "30s")
+    options: dict[str, Any] = {
+        "store": place if "://" in place else os.path.abspath(place),
+        "every_s": float(interval) if isinstance(interval, (int, float)) else parse_duration(interval, "every"),
+    }
+    return options
+
+
+def _script_name() -> str:
+    stem = os.path.splitext(os.path.basename(sys.argv[0] or "python"))[0]
+    return re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("-._") or "python"

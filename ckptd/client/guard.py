@@ -1,0 +1,58 @@
+"""The guard between ckptd and training: faults are counted, said once, and never raised into a training step.
+
+One of the two places with a broad `except`: whatever goes wrong in here, the user's training goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ckptd.errors import CkptdError
+
+FAULTS_BEFORE_OPEN = 3
+Result = TypeVar("Result")
+
+
+def say(text: str) -> None:
+    """Print one line for people; the client has no logger, since importing one would cost every rank."""
+    print(f"ckptd: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+class Guard:
+    """Runs ckptd's own work inside training.
+
+    After `FAULTS_BEFORE_OPEN` faults in a row the breaker opens: `on_open` is called once and nothing is tried any
+    more. With `strict`, a fault is raised instead.
+    """
+
+    def __init__(self, *, strict: bool, on_open: Callable[[], None]) -> None:
+        self.strict = strict
+        self.open = False
+        self.last_error: CkptdError | None = None
+        self._faults = 0
+        self._on_open = on_open
+
+    def run(self, what: str, work: Callable[..., Result], *arguments: Any) -> Result | None:
+        """Call `work` and return its result, or None when it failed or the breaker is open."""
+        if self.open:
+            return None
+        try:
+            result = work(*arguments)
+        except Exception as error:  # the promise of this module
+            if self.strict:
+                raise
+            self._fault(what, error)
+            return None
+        self._faults = 0
+        return result
+
+    def _fault(self, what: str, error: Exception) -> None:
+        self.last_error = error if isinstance(error, CkptdError) else CkptdError(f"{type(error).__name__}: {error}")
+        self._faults += 1
+        say(f"{what} failed: {self.last_error}")
+        if self._faults >= FAULTS_BEFORE_OPEN:
+            self.open = True
+            say(f"{self._faults} faults in a row: training goes on UNPROTECTED, without further checkpoints")
+            self._on_open()

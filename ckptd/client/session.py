@@ -1,0 +1,119 @@
+"""A rank's session with its agent: the conversation, the control page and the lent slots. No decision is made here."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ckptd.errors import AgentError, CkptdError, ProtocolError
+from ckptd.protocol import messages as m
+from ckptd.protocol.channel import Channel, expect
+from ckptd.protocol.page import ControlPage
+
+ADMIT_DEADLINE_S = 600.0
+"""Joining waits for the store to be read and for every copy of the shard to be fetched."""
+CALL_DEADLINE_S = 60.0
+SEND_DEADLINE_S = 2.0
+LEAVE_DEADLINE_S = 300.0
+
+
+class LentSlot:
+    """A slot as the rank sees it, mapped and populated, so that no capture pays for page faults."""
+
+    def __init__(self, number: int, descriptor: int, size_bytes: int) -> None:
+        self.number = number
+        self.size_bytes = size_bytes
+        self._map = mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        # A worker process that the script forks must neither pay for these pages nor write them.
+        self._map.madvise(mmap.MADV_DONTFORK)
+
+    @property
+    def view(self) -> memoryview:
+        """The whole slot, writable. Release every view before `close`."""
+        return memoryview(self._map)
+
+    def close(self) -> None:
+        """Unmap it."""
+        self._map.close()
+
+
+class Session:
+    """Joined once, used until the rank leaves. Every method keeps its deadline or raises `AgentError`."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._page: ControlPage | None = None
+        self.slots: dict[int, LentSlot] = {}
+        self.generation = 0
+        self.offer: Mapping[str, Any] | None = None
+
+    @property
+    def page(self) -> ControlPage:
+        """The control page; there is one after `join`."""
+        if self._page is None:
+            raise AgentError("the session has not joined a job")
+        return self._page
+
+    def join(self, message: m.Join) -> None:
+        """Take the rank's place; afterwards `page`, `generation` and `offer` are known."""
+        answer = expect(self._channel.call(message, ADMIT_DEADLINE_S), m.Admitted)
+        (descriptor,) = self._channel.take_descriptors(1)
+        try:
+            self._page = ControlPage(descriptor)
+        finally:
+            os.close(descriptor)
+        if not self._page.valid:
+            raise ProtocolError("the agent's control page has another layout than this client knows")
+        self.generation = answer.generation
+        self.offer = answer.offer
+
+    def reserve(self, image_bytes: int) -> None:
+        """Ask for slots of at least `image_bytes`; slots that are not lent again are unmapped."""
+        answer = expect(self._channel.call(m.Reserve(image_bytes), CALL_DEADLINE_S), m.Lent)
+        descriptors = self._channel.take_descriptors(len(answer.slots))
+        try:
+            for slot in self.slots.values():
+                slot.close()
+            self.slots = {
+                number: LentSlot(number, descriptor, os.fstat(descriptor).st_size)
+                for number, descriptor in zip(answer.slots, descriptors, strict=True)
+            }
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def free_slot(self, image_bytes: int) -> LentSlot | None:
+        """Return a slot that may be written and is large enough, None when all are busy."""
+        for number, slot in self.slots.items():
+            if slot.size_bytes >= image_bytes and self.page.slot_free(number):
+                return slot
+        return None
+
+    def fits(self, image_bytes: int) -> bool:
+        """Whether the lent slots can hold an image of that size."""
+        return any(slot.size_bytes >= image_bytes for slot in self.slots.values())
+
+    def tell(self, message: m.Message) -> None:
+        """Send a message that needs no answer."""
+        self._channel.send(message, SEND_DEADLINE_S)
+
+    def leave(self, step: int) -> None:
+        """Leave the training block; returns when nothing of this rank waits to be committed."""
+        expect(self._channel.call(m.Leave(step), LEAVE_DEADLINE_S), m.Done)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._channel.close()
+        for slot in self.slots.values():
+            slot.close()
+        self.slots = {}
+        if self._page is not None:
+            self._page.close()
+            self._page = None
+
+
+def restore_failed(offer: Mapping[str, Any], error: CkptdError) -> m.RestoreFailed:
+    """Return the message that says why an offer could not be used."""
+    return m.RestoreFailed(int(offer["generation"]), int(offer["step"]), error.to_json())

@@ -1,0 +1,146 @@
+"""Settings: flags, `CKPTD_*` variables and TOML files become validated values here, and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckptd.errors import ConfigError
+from ckptd.protocol import endpoint
+from ckptd.storage.keys import check_job
+from ckptd.units import parse_duration, parse_size
+
+DEFAULT_PRELOAD = ("torch", "torch.distributed")
+MAX_NPROC = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """Where an agent keeps its state and listens; `memory_max_bytes` bounds all slots together, 0: the machine does."""
+
+    home: Path
+    socket: Path
+    memory_max_bytes: int = 0
+    blocked_plugins: tuple[str, ...] = ()
+    log_format: str = "auto"
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> AgentConfig:
+        """Read `CKPTD_HOME`, `CKPTD_SOCKET`, `CKPTD_MEMORY_MAX`, `CKPTD_PLUGINS_BLOCK` and `CKPTD_LOG_FORMAT`."""
+        log_format = environ.get("CKPTD_LOG_FORMAT", "auto")
+        if log_format not in ("auto", "console", "json"):
+            raise ConfigError(f"CKPTD_LOG_FORMAT {log_format!r} is unknown", hint="use auto, console or json")
+        return cls(
+            home=Path(endpoint.home(environ)),
+            socket=Path(endpoint.socket_path(environ)),
+            memory_max_bytes=parse_size(environ.get("CKPTD_MEMORY_MAX", "0"), "CKPTD_MEMORY_MAX"),
+            blocked_plugins=tuple(name for name in environ.get("CKPTD_PLUGINS_BLOCK", "").split(",") if name),
+            log_format=log_format,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class JobConfig:
+    """Everything that says how a job runs. `command` is empty for a job whose ranks somebody else starts."""
+
+    name: str
+    command: tuple[str, ...]
+    store: str
+    nproc: int = 1
+    every_s: float = 30.0
+    keep_last: int = 3
+    max_restarts: int = 100
+    preload: tuple[str, ...] = DEFAULT_PRELOAD
+    """Modules that the launcher imports before it forks; none: every rank is started by plain exec."""
+    python: str = sys.executable
+    cwd: str = "."
+    env: Mapping[str, str] = field(default_factory=dict)
+    slots: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse what can't run, before anything is started."""
+        check_job(self.name)
+        _require(1 <= self.nproc <= MAX_NPROC, f"nproc is {self.nproc}", f"it must be from 1 to {MAX_NPROC}")
+        _require(self.every_s > 0, f"every is {self.every_s:g} s", "it must be longer than nothing")
+        _require(self.keep_last >= 1, f"keep_last is {self.keep_last}", "at least 1 checkpoint must stay")
+        _require(self.max_restarts >= 0, f"max_restarts is {self.max_restarts}", "0 means that no restart is made")
+        _require(2 <= self.slots <= 8, f"slots is {self.slots}", "from 2 to 8: one sealed while another is written")
+        _require(bool(self.store), "no store is named", "say where checkpoints go, like --store ./runs")
+
+    @property
+    def supervised(self) -> bool:
+        """Whether the agent starts the ranks itself."""
+        return bool(self.command)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that crosses the socket and stands in the journal."""
+        data = dataclasses.asdict(self)
+        data["env"] = dict(self.env)
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> JobConfig:
+        """Rebuild what `to_json` wrote; raises `ConfigError` that names the field that does not fit."""
+        known = {item.name: item for item in dataclasses.fields(cls)}
+        for key in data:
+            _require(key in known, f"a job has no setting {key!r}", f"known are {', '.join(known)}")
+        values = dict(data)
+        try:
+            for key in ("command", "preload"):
+                if key in values:
+                    values[key] = tuple(_strings(values[key], key))
+            values["nproc"] = _whole(values.get("nproc", 1), "nproc")
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"the job's settings are incomplete: {error}") from error
+
+
+def load_job_file(path: Path) -> JobConfig:
+    """Read a job from a TOML file; its relative paths are seen from the file's folder."""
+    try:
+        data = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    data.setdefault("name", path.stem)
+    if "every" in data:
+        data["every_s"] = parse_duration(str(data.pop("every")), "every")
+    if data.get("preload") is False:
+        data["preload"] = []
+    folder = path.absolute().parent
+    data["cwd"] = str(folder / data.get("cwd", "."))
+    if "store" in data:
+        data["store"] = absolute_store(str(data["store"]), folder)
+    _require(
+        bool(data.get("command")), f"{path} names no command", 'write it like command = ["train.py", "--steps", "10"]'
+    )
+    return JobConfig.from_json(data)
+
+
+def absolute_store(store: str, folder: Path) -> str:
+    """Return a store that means the same from everywhere: URLs stay, paths become absolute."""
+    return store if "://" in store else os.path.normpath(folder / Path(store).expanduser())
+
+
+def _require(holds: bool, message: str, hint: str) -> None:
+    if not holds:
+        raise ConfigError(message, hint=hint)
+
+
+def _strings(value: object, key: str) -> list[str]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(f"{key} must be a list of strings")
+    return list(value)
+
+
+def _whole(value: object, key: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{key} must be a whole number, not {value!r}")
+    return value

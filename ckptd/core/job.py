@@ -1,0 +1,431 @@
+"""The job machine: one job's life over all its generations, as a pure state machine.
+
+    pending ─ begin ─▶ preparing ─ claimed ─▶ starting ─ training ─▶ running ─ complete ─▶ draining ─▶ finished
+                          ▲                      │  └────── fail ──────┤
+                          └─ retry ─ fenced ◀────┴─────────────────────┘        (see `JOB_TABLE` for all of it)
+
+`JobMachine.handle(input, now)` returns effects. Time, processes, storage and memory are somebody else's: the daemon's
+in production, the simulator's in tests.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ckptd.core import events as e
+from ckptd.core.events import Effect, Log
+from ckptd.core.generation import Generation
+from ckptd.core.job_states import JOB_TABLE, TERMINAL, JobEvent, JobState
+from ckptd.core.keeper import Keeper
+from ckptd.core.policy.restart import RestartPolicy
+from ckptd.core.policy.retention import RetentionPolicy
+from ckptd.core.recovery import Recovery
+from ckptd.core.restore import MEMORY, Offers, Source, nothing_left
+from ckptd.errors import CkptdError, ConfigError, DamagedError, JobFailedError, MemoryBudgetError
+from ckptd.types import Evidence
+
+_UNPROTECTED_AFTER_S = 30.0
+_TERM_GRACE_S = 5.0
+_LIVE = (JobState.STARTING, JobState.RUNNING)
+
+
+class Now(NamedTuple):
+    """A reading of both clocks: `s` monotonic for decisions, `wall` for people."""
+
+    s: float
+    wall: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What the machine needs to know of a job. `supervised` means that the agent starts and kills the ranks."""
+
+    job: str
+    world_size: int
+    every_s: float
+    supervised: bool = True
+    retention: RetentionPolicy = field(default_factory=RetentionPolicy)
+    restart: RestartPolicy = field(default_factory=RestartPolicy)
+
+
+class JobMachine:
+    """Supervises one job. Feed it every input in order; carry out the effects that it returns in order."""
+
+    def __init__(self, spec: JobSpec, first_incident: int = 1) -> None:
+        self.spec = spec
+        self.state = JobState.PENDING
+        self.keeper = Keeper(spec.world_size, spec.every_s, spec.retention)
+        self.generation: Generation | None = None
+        self.recovery = Recovery(spec.job, spec.restart, first_incident)
+        self.offers = Offers()
+        self._last_generation = 0
+        self._offer: Source | None = None
+        self._waiting: dict[int, int] = {}
+        self._wake_at_s: float | None = None
+        self._kill_at_s: float | None = None
+        self._outcome: tuple[JobEvent, CkptdError | None] = (JobEvent.FINISH, None)
+        self._warned_unprotected = False
+
+    def handle(self, event: e.Input, now: Now) -> list[Effect]:
+        """Take one input and return what has to be done about it."""
+        if self.state in TERMINAL:
+            return []
+        match event:
+            case e.Progress():
+                return self._progress(event, now)
+            case e.RankSealed():
+                return self._sealed(event, now)
+            case e.CaptureMissed():
+                return self.keeper.missed(event, now.s)
+            case e.Committed() | e.FlushFailed():
+                return self._flush_ended(event, now)
+            case e.RankJoined():
+                return self._joined(event, now)
+            case e.RankRestored() | e.RankStepped() | e.RankLeft():
+                return self._advanced(event, now)
+            case e.RankExited():
+                return self._exited(event, now)
+            case e.Tick():
+                return self._tick(now)
+            case _:
+                return self._steer(event, now)
+
+    def _steer(self, event: e.Input, now: Now) -> list[Effect]:  # noqa: C901, PLR0912 - a dispatch table in match form
+        """Handle what happens rarely."""
+        match event:
+            case e.StoreRead():
+                self._last_generation = max(self._last_generation, event.last_generation)
+                self.offers.stored = list(event.sources)
+                self.keeper.found(event.sources)
+                return self._plan(now)
+            case e.Fetched():
+                self.keeper.book.adopt(event.source.id, event.slots, event.image_bytes)
+                return self._claim(event.source)
+            case e.FetchFailed():
+                return self._fetch_failed(event, now)
+            case e.Claimed():
+                return self._claimed(event, now)
+            case e.SetupFailed():
+                return self._setup_failed(event.error, now)
+            case e.RankSpawned():
+                if self.generation is not None:
+                    self.generation.pids[event.rank] = event.pid
+            case e.SlotsLent():
+                self.keeper.book.lend(event.rank, event.slots)
+            case e.RestoreFailed():
+                return self._restore_failed(event)
+            case e.CheckpointWanted():
+                self.keeper.want(now.s)
+            case e.LauncherExited():
+                return self._launcher_exited(event, now)
+            case e.StopWanted():
+                return self._stop(event, now)
+            case e.RestartWanted():
+                return self._restart_wanted(event, now)
+        return []
+
+    # --- beginning a generation -------------------------------------------------------------------------------
+
+    def begin(self) -> list[Effect]:
+        """Start the job: look what the tiers hold, then begin a generation with the best of it."""
+        self._move(JobEvent.BEGIN)
+        return [e.ReadStore()]
+
+    def _plan(self, now: Now) -> list[Effect]:
+        try:
+            plan = self.offers.plan(self.keeper.book.newest)
+        except DamagedError as error:
+            return self._give_up(error, now)
+        return [Log("restore planned", {"reasons": list(plan.reasons)}, level="debug"), *self._next_source()]
+
+    def _next_source(self) -> list[Effect]:
+        source = self.offers.next()
+        return self._claim(source) if source is None or source.tier == MEMORY else [e.Fetch(source)]
+
+    def _claim(self, offer: Source | None) -> list[Effect]:
+        if self.state is not JobState.PREPARING:
+            return []  # stopped meanwhile
+        self._offer = offer
+        return [e.Claim(self._last_generation + 1, None if offer is None else offer.id)]
+
+    def _fetch_failed(self, event: e.FetchFailed, now: Now) -> list[Effect]:
+        if self.state is not JobState.PREPARING:
+            return []
+        if isinstance(event.error, (MemoryBudgetError, ConfigError)):
+            return self._setup_failed(event.error, now)
+        self.offers.drop(event.source)
+        fields = {"step": event.source.id.step, "tier": event.source.tier, "error": event.error.message}
+        effects: list[Effect] = [Log("checkpoint damaged", fields, level="error")]
+        source = self.offers.next()
+        if source is None:
+            return effects + self._give_up(nothing_left([event.error.message]), now)
+        return [*effects, *(self._claim(source) if source.tier == MEMORY else [e.Fetch(source)])]
+
+    def _claimed(self, event: e.Claimed, now: Now) -> list[Effect]:
+        if self.state is not JobState.PREPARING:
+            return []
+        self._move(JobEvent.CLAIMED)
+        offer = self._offer
+        self.offers.began_with(offer)
+        if offer is not None:
+            self.keeper.book.refuse_newer_than(offer.id)
+        self._last_generation = event.generation
+        self.generation = Generation(event.generation, self.spec.world_size, offer, now.s)
+        self.keeper.begin(event.generation, self.generation.parent, now.s)
+        fields: dict[str, object] = {"generation": event.generation}
+        if offer is not None:
+            fields |= {"restore_step": offer.id.step, "restore_tier": offer.tier}
+        effects: list[Effect] = [Log("generation started", fields), *self.recovery.begins(offer, now.s)]
+        if self.spec.supervised:
+            effects.append(e.Spawn(event.generation, self.recovery.restarts))
+        waiting, self._waiting = self._waiting, {}
+        for rank, pid in waiting.items():
+            effects += self._joined(e.RankJoined(rank, pid), now)
+        return effects
+
+    def _joined(self, event: e.RankJoined, now: Now) -> list[Effect]:
+        generation = self.generation
+        if generation is None or self.state not in _LIVE or event.rank in generation.joined:
+            # A rank of the next incarnation may be here before the last exit of this one was seen.
+            self._waiting[event.rank] = event.pid
+            return self.begin() if self.state is JobState.PENDING else []
+        generation.joined.add(event.rank)
+        generation.pids.setdefault(event.rank, event.pid)  # a supervised rank may join from a child of its process
+        generation.steps[event.rank] = generation.first_step
+        effects: list[Effect] = [e.Admit(event.rank, generation.number, generation.offer)]
+        if generation.offer is None:
+            generation.restored.add(event.rank)
+        if generation.all_in(generation.joined):
+            self.recovery.mark("joined", now.s)
+        self._note_training()
+        return effects
+
+    def _note_training(self) -> None:
+        generation = self.generation
+        if generation and generation.all_in(generation.restored) and self.state is JobState.STARTING:
+            self._move(JobEvent.TRAINING)
+
+    # --- training ---------------------------------------------------------------------------------------------
+
+    def _advanced(self, event: e.RankRestored | e.RankStepped | e.RankLeft, now: Now) -> list[Effect]:
+        generation = self.generation
+        if generation is None or event.rank not in generation.joined:
+            return []
+        match event:
+            case e.RankRestored():
+                generation.restored.add(event.rank)
+                if generation.all_in(generation.restored):
+                    self.recovery.mark("restored", now.s)
+                self._note_training()
+                return []
+            case e.RankStepped():
+                generation.stepped.add(event.rank)
+                generation.steps[event.rank] = event.step
+                return self.recovery.stepped(event.at_s) if generation.all_in(generation.stepped) else []
+            case e.RankLeft():
+                generation.left.add(event.rank)
+                generation.steps[event.rank] = event.step
+                return self._left(now)
+
+    def _progress(self, event: e.Progress, now: Now) -> list[Effect]:
+        generation = self.generation
+        if generation is None:
+            return []
+        for rank, step in event.steps.items():
+            if rank in generation.joined:
+                generation.steps[rank] = max(step, generation.steps[rank])
+        may_capture = generation.training and self.state in (JobState.RUNNING, JobState.STOPPING)
+        return self.keeper.observe(generation.steps, now.s, may_capture=may_capture)
+
+    def _sealed(self, event: e.RankSealed, now: Now) -> list[Effect]:
+        generation = self.generation
+        if generation is None or event.rank not in generation.joined:
+            return []
+        generation.steps[event.rank] = max(event.step, generation.steps[event.rank])
+        return self.keeper.sealed(event, now.s)
+
+    def _left(self, now: Now) -> list[Effect]:
+        """Dismiss the ranks once all have left and nothing waits for its commit."""
+        generation = self.generation
+        if generation is None or not generation.all_in(generation.left):
+            return []
+        effects = self.keeper.abandon("training ended before it", now.s)
+        if not self.keeper.pending or self.keeper.hopeless:
+            effects += [e.Dismiss(rank) for rank in sorted(generation.left - generation.gone)]
+        return effects
+
+    def _flush_ended(self, event: e.Committed | e.FlushFailed, now: Now) -> list[Effect]:
+        if isinstance(event, e.FlushFailed):
+            effects = self.keeper.on_flush_failed(event, now.s)
+        else:
+            effects = self.keeper.on_committed(event, now.s)
+            self.offers.committed(Source(event.id, event.tier), self.keeper.committed)
+            effects += self.recovery.committed(event.id, self.generation)
+        if self.state is JobState.DRAINING:
+            return effects + self._drain(now)
+        if self.state is JobState.STOPPING:
+            return effects + self._stop_when_durable(now)
+        return effects + self._left(now)
+
+    # --- failure ----------------------------------------------------------------------------------------------
+
+    def _exited(self, event: e.RankExited, now: Now) -> list[Effect]:
+        generation = self.generation
+        if generation is None or generation.pids.get(event.rank) != event.pid:
+            return []
+        generation.gone.add(event.rank)
+        effects: list[Effect] = []
+        if event.evidence is not None and self.state in _LIVE:
+            effects += self._fail(event.evidence, event.last_lines, now)
+        elif event.evidence is not None and self.state is JobState.FENCED:
+            self.recovery.consequence(event.evidence)
+        elif event.evidence is not None and self.state is JobState.STOPPING and self._wake_at_s is not None:
+            effects += self._terminate(now)  # the others would wait for the dead one
+        if generation.all_in(generation.gone):
+            effects += self._all_gone(now)
+        return effects
+
+    def _launcher_exited(self, event: e.LauncherExited, now: Now) -> list[Effect]:
+        if self.generation is None or self.state not in (*_LIVE, JobState.FENCED, JobState.STOPPING):
+            return []
+        effects = self._fail(event.evidence, (), now) if self.state in _LIVE else []
+        self.generation.gone = set(range(self.spec.world_size))
+        return effects + self._all_gone(now)
+
+    def _fail(self, evidence: Evidence, last_lines: tuple[str, ...], now: Now) -> list[Effect]:
+        generation = self.generation
+        assert generation is not None
+        self._move(JobEvent.FAIL)
+        effects = self.recovery.failed(generation, evidence, last_lines, now.s, now.wall)
+        effects += self.keeper.abandon("a rank died", now.s)
+        if self.spec.supervised and not generation.all_in(generation.gone):
+            effects.append(e.Kill(signal.SIGKILL))
+        return effects
+
+    def _all_gone(self, now: Now) -> list[Effect]:
+        match self.state:
+            case JobState.FENCED:
+                return self._decide(now)
+            case JobState.STOPPING:
+                self._move(JobEvent.GONE)
+                return self._drain(now)
+            case JobState.STARTING | JobState.RUNNING:
+                self._move(JobEvent.COMPLETE)
+                return self.keeper.abandon("training ended before it", now.s) + self._drain(now)
+        return []
+
+    def _decide(self, now: Now) -> list[Effect]:
+        decision, effects = self.recovery.decide(now.s)
+        if not decision.restart:
+            return effects + self._give_up(JobFailedError(decision.verdict or "the job has failed"), now)
+        if not self.spec.supervised:
+            self._move(JobEvent.AWAIT)
+            return effects + (self.begin() if self._waiting else [])
+        if decision.delay_s:
+            self._move(JobEvent.BACK_OFF)
+            self._wake_at_s = now.s + decision.delay_s
+            fields = {"delay_s": decision.delay_s, "reasons": list(decision.reasons)}
+            return [*effects, Log("restart delayed", fields, level="warning")]
+        self._move(JobEvent.RETRY)
+        return effects + self._plan(now)
+
+    def _restore_failed(self, event: e.RestoreFailed) -> list[Effect]:
+        fields = {"rank": event.rank, "step": event.id.step, "error": str(event.error)}
+        if isinstance(event.error, DamagedError):
+            self.offers.refused.add(event.id)
+            self.keeper.book.refuse(event.id)
+        return [Log("restore failed", fields, level="error")]
+
+    def _restart_wanted(self, event: e.RestartWanted, now: Now) -> list[Effect]:
+        if self.state not in _LIVE or self.generation is None:
+            return []
+        self.offers.at_most_step = event.step
+        evidence = Evidence("operator", "requested", None, 1.0, "a restart was asked for", now.s)
+        return self._fail(evidence, (), now)
+
+    # --- ending -----------------------------------------------------------------------------------------------
+
+    def _setup_failed(self, error: CkptdError, now: Now) -> list[Effect]:
+        if self.state in _LIVE:
+            self._outcome = (JobEvent.GIVE_UP, error)
+            self._move(JobEvent.STOP)
+            return [e.Kill(signal.SIGKILL)] if self.spec.supervised else []
+        return self._give_up(error, now) if self.state is JobState.PREPARING else []
+
+    def _give_up(self, error: CkptdError, now: Now) -> list[Effect]:
+        self._outcome = (JobEvent.GIVE_UP, error)
+        self._move(JobEvent.GONE)
+        return self._drain(now)
+
+    def _stop(self, event: e.StopWanted, now: Now) -> list[Effect]:
+        if self.state in (JobState.STOPPING, JobState.DRAINING):
+            if not event.checkpoint and self.state is JobState.STOPPING:
+                self._wake_at_s = self._kill_at_s = None
+                return [e.Kill(signal.SIGKILL)]
+            return []
+        was, generation = self.state, self.generation
+        self._outcome = (JobEvent.HALT, None)
+        self._move(JobEvent.STOP)
+        if was not in _LIVE or generation is None:
+            self._move(JobEvent.GONE)
+            return self._drain(now)
+        if event.checkpoint and was is JobState.RUNNING and generation.training:
+            self.keeper.want(now.s)
+            self._wake_at_s = now.s + event.grace_s
+            return [Log("stopping", {"step": generation.newest_step, "grace_s": event.grace_s})]
+        return self._terminate(now)
+
+    def _stop_when_durable(self, now: Now) -> list[Effect]:
+        wanted = self.keeper.cadence.due_at_s <= now.s or self.keeper.book.announced is not None
+        return [] if self._wake_at_s is None or wanted or self.keeper.pending else self._terminate(now)
+
+    def _terminate(self, now: Now) -> list[Effect]:
+        self._wake_at_s = None
+        self._kill_at_s = now.s + _TERM_GRACE_S
+        return [e.Kill(signal.SIGTERM)]
+
+    def _drain(self, now: Now) -> list[Effect]:
+        """End the job once nothing in memory waits for its commit, or waiting is hopeless."""
+        effects = self.keeper.abandon("the job is ending", now.s)
+        if self.keeper.pending and not self.keeper.hopeless:
+            return effects
+        event, error = self._outcome
+        if error is None and self.keeper.hopeless:
+            error = JobFailedError("the last snapshot could not be made durable", hint="see the flush errors above")
+        self._move(event)
+        exception = self.recovery.exception if error is not None else None
+        return [*effects, *self.recovery.close(), e.End(self.state.value, error, exception)]
+
+    def _tick(self, now: Now) -> list[Effect]:
+        effects = self.keeper.tick(now.s)
+        if self.state is JobState.DRAINING:
+            return effects + self._drain(now)
+        if self._kill_at_s is not None and now.s >= self._kill_at_s:
+            self._kill_at_s = None
+            return [*effects, e.Kill(signal.SIGKILL)]
+        if self._wake_at_s is not None and now.s >= self._wake_at_s:
+            self._wake_at_s = None
+            if self.state is JobState.BACKOFF:
+                self._move(JobEvent.RETRY)
+                return effects + self._plan(now)
+            if self.state is JobState.STOPPING:
+                return [*effects, Log("stop without checkpoint", level="warning"), *self._terminate(now)]
+        return effects + self._warn_unprotected(now)
+
+    def _warn_unprotected(self, now: Now) -> list[Effect]:
+        generation = self.generation
+        if generation is None or self._warned_unprotected or self.state is not JobState.STARTING:
+            return []
+        missing = sorted(set(range(self.spec.world_size)) - generation.joined)
+        if not missing or now.s - generation.began_s < _UNPROTECTED_AFTER_S:
+            return []
+        self._warned_unprotected = True
+        if not generation.joined:
+            self._move(JobEvent.TRAINING)  # it may be a script that knows nothing of ckptd
+        hint = "nothing is checkpointed until every rank calls ckptd.attach(...)"
+        return [Log("ranks not attached", {"ranks": missing, "hint": hint}, level="warning")]
+
+    def _move(self, event: JobEvent) -> None:
+        self.state = JOB_TABLE.next(self.state, event)

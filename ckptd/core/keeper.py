@@ -1,0 +1,204 @@
+"""The keeper coordinates a job's checkpoints: announces steps, follows seals, orders flushes, keeps and prunes.
+
+It knows nothing of processes; `core.job` tells it when a generation begins and when its ranks are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ckptd.core.cadence import Cadence
+from ckptd.core.events import (
+    Announce,
+    CaptureMissed,
+    Committed,
+    Effect,
+    Flush,
+    FlushFailed,
+    Log,
+    Prune,
+    RankSealed,
+    Release,
+)
+from ckptd.core.policy import retention
+from ckptd.core.restore import Source
+from ckptd.core.snapshots import Snapshot, SnapshotBook, SnapshotEvent, SnapshotState
+from ckptd.types import CheckpointId
+
+_FLUSH_RETRY_MAX_S = 60.0
+FINAL_FLUSH_TRIES = 4
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened to snapshots in this run, for status and tests: no skip is silent."""
+
+    committed: int = 0
+    skipped: int = 0
+    missed: int = 0
+    abandoned: int = 0
+    flush_failures: int = 0
+
+
+class Keeper:
+    """Keeps the checkpoints of one job. Every method returns the effects to carry out, in order."""
+
+    def __init__(self, world_size: int, every_s: float, policy: retention.RetentionPolicy) -> None:
+        self.book = SnapshotBook(world_size)
+        self.every_s = every_s
+        self.policy = policy
+        self.cadence = Cadence(every_s, 0.0)
+        self.counters = Counters()
+        self.generation = 0
+        self.committed: dict[str, list[CheckpointId]] = {}
+        self.last_committed: Source | None = None
+        self._parents: dict[int, CheckpointId | None] = {}
+        self._retry_flush_at_s = 0.0
+        self._wanted = False
+
+    def begin(self, generation: int, parent: CheckpointId | None, now_s: float) -> None:
+        """Begin a generation; what older generations left in memory stays until something newer is complete."""
+        self.generation = generation
+        self._parents[generation] = parent
+        self.cadence = Cadence(self.every_s, now_s)
+
+    def found(self, sources: Iterable[Source]) -> None:
+        """Take in what the tiers hold already."""
+        self.committed = {}
+        for source in sources:
+            self.committed.setdefault(source.tier, []).append(source.id)
+
+    @property
+    def pending(self) -> bool:
+        """Whether anything complete in memory is not on a tier yet."""
+        return self.book.flushing is not None or self.book.unflushed is not None
+
+    # --- capture ----------------------------------------------------------------------------------------------
+
+    def want(self, now_s: float) -> None:
+        """Make a capture due now: somebody asked for one."""
+        self._wanted = True
+        self.cadence.hurry(now_s)
+
+    def observe(self, steps: Mapping[int, int], now_s: float, *, may_capture: bool) -> list[Effect]:
+        """Take in the ranks' progress and announce the next capture when it is due."""
+        self.cadence.observe(steps, now_s)
+        if not may_capture or self.book.announced is not None:
+            return []
+        decision = self.cadence.decide(now_s, slots_free=self.book.can_capture())
+        if decision.step is not None:
+            self._wanted = False
+            self.cadence.captured(now_s)
+            self.book.announce(CheckpointId(self.generation, decision.step), now_s)
+            return [Announce(decision.step), Log("capture announced", {"step": decision.step}, level="debug")]
+        if decision.reason == "all slots are busy" and not self._wanted:
+            self.counters.skipped += 1
+            self.cadence.captured(now_s)
+            return [Log("checkpoint skipped", {"reason": "every slot is still being flushed"}, level="warning")]
+        return []
+
+    def sealed(self, event: RankSealed, now_s: float) -> list[Effect]:
+        """Take in a rank's seal; the last rank's makes the snapshot complete and starts its flush."""
+        checkpoint = CheckpointId(self.generation, event.step)
+        effects: list[Effect] = []
+        if event.final and checkpoint not in self.book.snapshots:
+            effects += self._abandon("training ended before it")
+            self.book.announce(checkpoint, now_s)
+        snapshot = self.book.seal(checkpoint, (event.rank, event.slot), event.image_bytes, event.values, now_s=now_s)
+        snapshot.capture_s = max(snapshot.capture_s, event.capture_s)
+        if snapshot.state is SnapshotState.SEALED:
+            effects.append(Announce(None))
+        return effects + self._settle(now_s)
+
+    def missed(self, event: CaptureMissed, now_s: float) -> list[Effect]:
+        """Give up a step that a rank could not capture."""
+        announced = self.book.announced
+        if announced is None or announced.id.step != event.step:
+            return []
+        self.counters.missed += 1
+        if event.error is None:
+            self.cadence.missed(now_s)
+            effects = self._abandon(f"rank {event.rank} was past it", level="debug")
+        else:
+            effects = self._abandon(f"rank {event.rank}: {event.error}", level="error")
+        return effects + self._settle(now_s)
+
+    def abandon(self, reason: str, now_s: float) -> list[Effect]:
+        """Void whatever is announced and not complete."""
+        return self._abandon(reason) + self._settle(now_s)
+
+    def _abandon(self, reason: str, level: str = "info") -> list[Effect]:
+        effects: list[Effect] = []
+        for snapshot in self.book.abandon_unsealed():
+            self.counters.abandoned += 1
+            effects += [
+                Announce(None),
+                Log("snapshot abandoned", {"step": snapshot.id.step, "reason": reason}, level=level),
+            ]
+        return effects
+
+    # --- flush and commit -------------------------------------------------------------------------------------
+
+    def _settle(self, now_s: float) -> list[Effect]:
+        """Start the flush that is due, and hand back slots that nobody needs."""
+        effects: list[Effect] = []
+        unflushed = self.book.unflushed
+        if unflushed is not None and self.book.flushing is None and now_s >= self._retry_flush_at_s:
+            unflushed.move(SnapshotEvent.FLUSH)
+            effects.append(self._flush(unflushed))
+        return effects + [Release(rank, slot) for rank, slot in self.book.release()]
+
+    def _flush(self, snapshot: Snapshot) -> Flush:
+        parent = self._parents.get(snapshot.id.generation)
+        return Flush(snapshot.id, parent, dict(snapshot.slots), dict(snapshot.image_bytes), dict(snapshot.values))
+
+    def tick(self, now_s: float) -> list[Effect]:
+        """Retry a flush that failed, when its time has come."""
+        return self._settle(now_s)
+
+    def on_committed(self, event: Committed, now_s: float) -> list[Effect]:
+        """Note that a snapshot is a checkpoint now, and prune what retention lets go."""
+        snapshot = self.book.snapshots[event.id]
+        snapshot.move(SnapshotEvent.COMMIT)
+        self._retry_flush_at_s = 0.0
+        self.counters.committed += 1
+        self.last_committed = Source(event.id, event.tier)
+        self.committed.setdefault(event.tier, []).append(event.id)
+        sealed_at_s = now_s if snapshot.sealed_at_s is None else snapshot.sealed_at_s
+        fields = {
+            "generation": event.id.generation,
+            "step": event.id.step,
+            "tier": event.tier,
+            "size_bytes": event.size_bytes,
+            "capture_s": round(snapshot.capture_s, 4),
+            "flush_s": round(event.flush_s, 4),
+            "durable_s": round(now_s - sealed_at_s + snapshot.capture_s, 4),
+            **snapshot.values,
+        }
+        return [Log("checkpoint committed", fields), *self._prune(event.tier), *self._settle(now_s)]
+
+    def _prune(self, tier: str) -> list[Effect]:
+        verdicts = retention.judge(self.committed[tier], self.policy, in_use=())
+        removed = [verdict for verdict in verdicts if not verdict.keep]
+        if not removed:
+            return []
+        self.committed[tier] = [verdict.id for verdict in verdicts if verdict.keep]
+        return [Prune(tuple(verdict.id for verdict in removed), tier, tuple(verdict.reason for verdict in removed))]
+
+    def on_flush_failed(self, event: FlushFailed, now_s: float) -> list[Effect]:
+        """Keep the snapshot in memory and try again later, a newer one first if there is one by then."""
+        snapshot = self.book.snapshots[event.id]
+        snapshot.move(SnapshotEvent.FLUSH_FAILED)
+        snapshot.flush_failures += 1
+        self.counters.flush_failures += 1
+        delay_s = min(_FLUSH_RETRY_MAX_S, 0.5 * 2**snapshot.flush_failures)
+        self._retry_flush_at_s = now_s + delay_s
+        fields = {"step": event.id.step, "error": str(event.error), "retry_in_s": delay_s}
+        return [Log("flush failed", fields, level="error"), *self._settle(now_s)]
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether the newest snapshot failed to become durable so often that an ending job stops waiting for it."""
+        unflushed = self.book.unflushed
+        return unflushed is not None and unflushed.flush_failures >= FINAL_FLUSH_TRIES

@@ -1,0 +1,115 @@
+"""Restore planning: where a new generation begins, each source in the order of its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from ckptd.core.snapshots import Snapshot
+from ckptd.errors import DamagedError
+from ckptd.types import CheckpointId
+
+MEMORY = "memory"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A place that holds a complete copy of a checkpoint."""
+
+    id: CheckpointId
+    tier: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """What to try, best first, and why; `sources` is empty for a fresh start."""
+
+    sources: tuple[Source, ...]
+    reasons: tuple[str, ...]
+
+    @property
+    def fresh(self) -> bool:
+        """Whether there is nothing to restore at all."""
+        return not self.sources
+
+
+def plan_restore(
+    newest: Snapshot | None,
+    stored: Iterable[Source],
+    refused: Collection[CheckpointId],
+    at_most_step: int | None = None,
+) -> RestorePlan:
+    """Return the sources for the next generation.
+
+    `newest` is the newest snapshot complete in memory, `stored` the lineage's checkpoints on tiers, best first.
+    `refused` were found damaged or failed to restore: they are never offered again. `at_most_step` asks for an
+    older step on purpose.
+    """
+    sources: list[Source] = []
+    reasons: list[str] = []
+    if newest is not None and newest.complete:
+        if newest.id in refused:
+            reasons.append(f"{newest.id} in memory failed to restore before")
+        elif at_most_step is not None and newest.id.step > at_most_step:
+            reasons.append(f"{newest.id} in memory is newer than the step asked for, {at_most_step}")
+        else:
+            sources.append(Source(newest.id, MEMORY))
+    for source in stored:
+        if source.id in refused:
+            reasons.append(f"{source.id} on {source.tier} failed to restore before")
+        elif at_most_step is not None and source.id.step > at_most_step:
+            reasons.append(f"{source.id} on {source.tier} is newer than the step asked for, {at_most_step}")
+        else:
+            sources.append(source)
+    # Stable: within one step memory stays before disk, and disk before the object store.
+    sources.sort(key=lambda source: source.id, reverse=True)
+    if sources:
+        reasons.append(f"{sources[0].id} on {sources[0].tier} is the newest complete one")
+    else:
+        reasons.append("there is no checkpoint of this job")
+    return RestorePlan(tuple(sources), tuple(reasons))
+
+
+class Offers:
+    """What can be offered to the next generation: the lineage's checkpoints, minus what proved unusable."""
+
+    def __init__(self) -> None:
+        self.stored: list[Source] = []
+        self.refused: set[CheckpointId] = set()
+        self.at_most_step: int | None = None
+        self._untried: list[Source] = []
+
+    def plan(self, newest: Snapshot | None) -> RestorePlan:
+        """Plan anew; raises `DamagedError` when there were checkpoints once and none can be offered any more."""
+        plan = plan_restore(newest, self.stored, self.refused, self.at_most_step)
+        if plan.fresh and (self.stored or self.refused):
+            raise nothing_left(plan.reasons)
+        self._untried = list(plan.sources)
+        return plan
+
+    def next(self) -> Source | None:
+        """Return the best source not tried yet, None when there is none."""
+        return self._untried.pop(0) if self._untried else None
+
+    def drop(self, source: Source) -> None:
+        """Forget a copy that is damaged; other copies of the same checkpoint stay."""
+        self.stored = [other for other in self.stored if other != source]
+
+    def began_with(self, offer: Source | None) -> None:
+        """Note what a generation begins with: what is newer than that is not in the lineage any more."""
+        self.at_most_step = None
+        if offer is not None:
+            self.stored = [source for source in self.stored if source.id <= offer.id]
+
+    def committed(self, source: Source, kept: Mapping[str, Iterable[CheckpointId]]) -> None:
+        """Note a new checkpoint, and forget those that retention has let go."""
+        alive = {Source(checkpoint, tier) for tier, ids in kept.items() for checkpoint in ids}
+        self.stored = [source, *(other for other in self.stored if other in alive and other != source)]
+
+
+def nothing_left(reasons: Iterable[str]) -> DamagedError:
+    """Return the error of a job whose every checkpoint is unusable: never a silent fresh start."""
+    return DamagedError(
+        f"there are checkpoints of this job, but none can be restored: {'; '.join(reasons)}",
+        hint="`ckptctl verify JOB --all` names what is wrong; use another --name to start afresh",
+    )

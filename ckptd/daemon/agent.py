@@ -1,0 +1,188 @@
+"""The agent: one process per node and user that owns memory, journal, tiers and jobs, and answers on a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from ckptd.config import AgentConfig, JobConfig
+from ckptd.coordination.coordinator import Lease
+from ckptd.coordination.embedded import EmbeddedCoordinator
+from ckptd.core import events as e
+from ckptd.core.job_states import JobState
+from ckptd.daemon import requests
+from ckptd.daemon.arena import Budget
+from ckptd.daemon.processes import Processes
+from ckptd.daemon.ranks import Rank
+from ckptd.daemon.server import Peer, Server
+from ckptd.daemon.supervisor import Services, Supervisor
+from ckptd.errors import AgentError, CkptdError, ConfigError, FencedError, NotFoundError
+from ckptd.journal import Journal
+from ckptd.launcher.command import plan_command
+from ckptd.log import get_logger
+from ckptd.plugin.manager import PluginManager
+from ckptd.protocol import messages as m
+from ckptd.types import RaisedException
+
+_STORAGE_THREADS = 4
+
+
+class Agent:
+    """Serves one socket. `on_agent_loss` is what launchers do when this process dies; see `Processes`."""
+
+    def __init__(self, config: AgentConfig, *, foreground: bool, on_agent_loss: Literal["end", "keep"]) -> None:
+        self.config = config
+        self.jobs: dict[str, Supervisor] = {}
+        self._foreground = foreground
+        self._on_agent_loss = on_agent_loss
+        self._log = get_logger()
+        self._leases: dict[str, Lease] = {}
+        self._ranks: dict[Peer, tuple[Supervisor, Rank]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.plugins = PluginManager(self._plugin_failed, config.blocked_plugins)
+        self.journal = Journal(config.home)
+        self._services = Services(
+            journal=self.journal,
+            coordinator=EmbeddedCoordinator(config.home),
+            budget=Budget(config.memory_max_bytes),
+            pool=ThreadPoolExecutor(_STORAGE_THREADS, thread_name_prefix="ckptd-storage"),
+            socket=str(config.socket),
+            pid=os.getpid(),
+            logger=self._log,
+        )
+        frameworks = [
+            {"name": item.name, "trigger": item.trigger, "target": item.target} for item in self.plugins.frameworks
+        ]
+        self.server = Server(config.socket, frameworks, self._received, self._closed)
+        self._log.debug("agent started", socket=str(config.socket), plugins=self.plugins.loaded)
+
+    def _plugin_failed(self, name: str, problem: str) -> None:
+        self._log.error("plugin failed", plugin=name, problem=problem)
+
+    # --- jobs -------------------------------------------------------------------------------------------------
+
+    def submit(self, config: JobConfig) -> Supervisor:
+        """Start a job; raises `CkptdError` for everything that can be known before it runs."""
+        running = self.jobs.get(config.name)
+        if running is not None and not running.ended.done():
+            raise FencedError(f"job {config.name} runs already", hint="stop it first, or give this one another --name")
+        tier = self.plugins.open_tier(config.store)
+        tier.check_writable()
+        if config.supervised:
+            path = config.env.get("PATH", os.environ.get("PATH"))
+            if not Path(config.cwd).is_dir():
+                raise ConfigError(f"there is no folder {config.cwd} to run in")
+            plan_command(config.command, preload=bool(config.preload), python=config.python, cwd=config.cwd, path=path)
+        lease = self._services.coordinator.lease(config.name, f"agent {os.getpid()}")
+        processes = None
+        if config.supervised:
+            processes = Processes(
+                config,
+                self.config.home / "jobs" / config.name / "logs",
+                str(self.config.socket),
+                self.plugins,
+                self._log.bind(job=config.name),
+                foreground=self._foreground,
+                on_agent_loss=self._on_agent_loss,
+            )
+        job = Supervisor(config, tier, self._services, processes)
+        self.jobs[config.name] = job
+        job.ended.add_done_callback(lambda _: lease.release())
+        job.write_down()
+        return job
+
+    def job(self, name: str) -> Supervisor:
+        """Return a job of this agent; raises `NotFoundError`."""
+        if name not in self.jobs:
+            known = ", ".join(self.jobs) or "none"
+            raise NotFoundError(f"this agent has no job {name}", hint=f"its jobs: {known}")
+        return self.jobs[name]
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody is connected and no job has anything left to do."""
+        return not self.server.peers and all(
+            job.ended.done() or (job.machine.state is JobState.PENDING and not job.machine.keeper.pending)
+            for job in self.jobs.values()
+        )
+
+    async def close(self, grace_s: float = 60.0) -> None:
+        """Stop every job at its next boundary, then stop listening."""
+        running = [job for job in self.jobs.values() if not job.ended.done()]
+        for job in running:
+            job.feed(e.StopWanted(grace_s))
+        if running:
+            await asyncio.wait([job.ended for job in running])
+        self.server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._services.pool.shutdown(wait=True, cancel_futures=True)
+        self.journal.close()
+
+    # --- messages ---------------------------------------------------------------------------------------------
+
+    def _received(self, peer: Peer, message: m.Message) -> None:
+        try:
+            if isinstance(message, m.Join):
+                self._join(peer, message)
+            elif isinstance(message, m.Raised):
+                if message.job in self.jobs:
+                    exception = RaisedException.from_json(message.exception)
+                    self.jobs[message.job].raised(message.rank, message.generation, exception)
+            elif peer in self._ranks:
+                requests.from_rank(*self._ranks[peer], message)
+            elif peer.role == "ctl":
+                self._control(peer, message)
+            else:
+                raise AgentError(f"{type(message).__name__} makes no sense before Join")
+        except CkptdError as error:
+            peer.refuse(error)
+
+    def _join(self, peer: Peer, message: m.Join) -> None:
+        job = self.jobs.get(message.job)
+        if job is None or (job.ended.done() and not job.config.supervised):
+            if message.generation:
+                raise FencedError(f"this agent does not run job {message.job}")
+            job = self.submit(requests.attached_config(message, Path.cwd()))
+        if message.world_size != job.config.nproc or not 0 <= message.rank < message.world_size:
+            raise ConfigError(
+                f"rank {message.rank} of {message.world_size} can't join job {message.job} of {job.config.nproc} ranks",
+                hint="RANK and WORLD_SIZE must be those that ckptd set",
+            )
+        current = job.machine.generation
+        if message.generation and (current is None or current.number != message.generation):
+            raise FencedError(f"generation {message.generation} of job {message.job} is over")
+        rank = Rank(message.job, message.rank, peer)
+        self._ranks[peer] = (job, rank)
+        job.join(rank)
+
+    def _closed(self, peer: Peer) -> None:
+        self._ranks.pop(peer, None)
+
+    def _control(self, peer: Peer, message: m.Message) -> None:
+        match message:
+            case m.Status():
+                jobs = self.jobs.values() if message.job is None else [self.job(message.job)]
+                peer.send(m.Done({"jobs": [job.status() for job in jobs]}))
+            case m.Submit():
+                job = self.submit(JobConfig.from_json(message.config))
+                peer.send(m.Done({"job": job.config.name}))
+            case m.Control():
+                self._start(requests.control(self.job(message.job), message), peer)
+            case _:
+                raise AgentError(f"{type(message).__name__} is no request of ckptctl")
+
+    def _start(self, work: Any, peer: Peer) -> None:
+        async def answer() -> None:
+            try:
+                peer.send(m.Done(await work))
+            except CkptdError as error:
+                peer.refuse(error)
+
+        task = asyncio.get_running_loop().create_task(answer())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

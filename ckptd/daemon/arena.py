@@ -1,0 +1,182 @@
+"""The arena: the memory that an agent reserves and lends to the ranks of one job.
+
+A slot is a memfd. Its pages are reserved with `posix_fallocate` before it is lent, so that a lack of memory is a
+refused request here and not SIGBUS in the middle of training; the descriptor survives every rank and dies with the
+agent, so nothing can leak. Slots have small numbers that are unique within a rank.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptd.errors import MemoryBudgetError, invariant
+from ckptd.protocol.page import MAX_SLOTS, PAGE_BYTES, ControlPage
+from ckptd.storage.image import round_up
+from ckptd.units import show_size
+
+_MARGIN_BYTES = 256 * 2**20
+_GRAIN_BYTES = 2**20
+_V2_ROOTS: tuple[str, ...] = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
+_V1_ROOTS: tuple[str, ...] = ("/sys/fs/cgroup/memory",)
+
+
+@dataclass(slots=True)
+class Slot:
+    """One reserved memory region; `view` is the agent's mapping of it."""
+
+    number: int
+    descriptor: int
+    size_bytes: int
+    map: mmap.mmap
+
+    @property
+    def view(self) -> memoryview:
+        """The whole region, writable."""
+        return memoryview(self.map)
+
+    def close(self) -> None:
+        """Give the memory back to the machine, once the rank has unmapped it too."""
+        self.map.close()
+        os.close(self.descriptor)
+
+
+class Budget:
+    """How much memory the slots of all jobs may take together: `memory_max`, the cgroup and the machine."""
+
+    def __init__(self, memory_max_bytes: int = 0) -> None:
+        self.memory_max_bytes = memory_max_bytes
+        self.used_bytes = 0
+
+    def check(self, size_bytes: int, wanted: str) -> None:
+        """Raise `MemoryBudgetError` unless `size_bytes` more may be reserved now; `wanted` says what for."""
+        if self.memory_max_bytes and self.used_bytes + size_bytes > self.memory_max_bytes:
+            raise MemoryBudgetError(
+                f"not enough memory for slots: {wanted} need {show_size(size_bytes)} ({size_bytes} bytes),"
+                f" {show_size(self.memory_max_bytes - self.used_bytes)} of memory_max are left",
+                hint="raise CKPTD_MEMORY_MAX",
+            )
+        free_bytes = available_bytes()
+        if size_bytes + _MARGIN_BYTES > free_bytes:
+            raise MemoryBudgetError(
+                f"not enough memory for slots: {wanted} need {show_size(size_bytes)} ({size_bytes} bytes),"
+                f" {show_size(free_bytes)} are available and {show_size(_MARGIN_BYTES)} of them stay free",
+                hint="free some memory or use a smaller model: each rank needs two slots of its state's size",
+            )
+
+
+class Arena:
+    """All slots of one job, by rank."""
+
+    def __init__(self, job: str, budget: Budget, slots_per_rank: int) -> None:
+        self._job = job
+        self._budget = budget
+        self._slots_per_rank = slots_per_rank
+        self._slots: dict[int, dict[int, Slot]] = {}
+
+    def slots(self, rank: int) -> Mapping[int, Slot]:
+        """Return a rank's slots by number."""
+        return self._slots.get(rank, {})
+
+    def reserve(self, rank: int, size_bytes: int, held: Collection[int], count: int | None = None) -> list[int]:
+        """Make sure that a rank has `count` slots of at least `size_bytes`, and return their numbers.
+
+        Slots in `held` keep what they hold and are lent again if large enough; too small ones that hold nothing are
+        given back first. Slow (the kernel clears the pages), so it runs in a thread; raises `MemoryBudgetError`.
+        """
+        mine = self._slots.setdefault(rank, {})
+        for number, slot in list(mine.items()):
+            if slot.size_bytes < size_bytes and number not in held:
+                self._drop(rank, number)
+        good = [number for number, slot in mine.items() if slot.size_bytes >= size_bytes]
+        missing = (self._slots_per_rank if count is None else count) - len(good)
+        if missing > 0:
+            # A little room to grow, so that a longer log or an extra parameter group needs no new slots.
+            each = round_up(size_bytes + size_bytes // 32, _GRAIN_BYTES)
+            self._budget.check(each * missing, f"{missing} slots of rank {rank} of job {self._job}")
+            good += [self._add(rank, each) for _ in range(missing)]
+        return sorted(good)
+
+    def _add(self, rank: int, size_bytes: int) -> int:
+        mine = self._slots[rank]
+        number = next(number for number in range(MAX_SLOTS) if number not in mine)
+        descriptor = _memfd(f"ckptd-{self._job}-r{rank}-{number}", size_bytes)
+        mine[number] = Slot(number, descriptor, size_bytes, mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED))
+        self._budget.used_bytes += size_bytes
+        return number
+
+    def _drop(self, rank: int, number: int) -> None:
+        slot = self._slots[rank].pop(number)
+        self._budget.used_bytes -= slot.size_bytes
+        slot.close()
+
+    def close(self) -> None:
+        """Give everything back."""
+        for rank in list(self._slots):
+            for number in list(self._slots[rank]):
+                self._drop(rank, number)
+
+
+def make_page(job: str, rank: int, held: Collection[int]) -> tuple[int, ControlPage]:
+    """Make a rank's control page; slots in `held` begin as sealed. Returns the descriptor to lend, and the page."""
+    descriptor = _memfd(f"ckptd-{job}-r{rank}-page", PAGE_BYTES)
+    page = ControlPage(descriptor)
+    page.format(held)
+    return descriptor, page
+
+
+def _memfd(name: str, size_bytes: int) -> int:
+    invariant(size_bytes % PAGE_BYTES == 0, "a memory region is a whole number of pages")
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        os.posix_fallocate(descriptor, 0, size_bytes)
+    except OSError as error:
+        os.close(descriptor)
+        raise MemoryBudgetError(
+            f"not enough memory for slots: the kernel refused {show_size(size_bytes)} ({size_bytes} bytes): "
+            f"{error.strerror}"
+        ) from error
+    return descriptor
+
+
+def available_bytes() -> int:
+    """Return how much memory can be reserved: what the machine has available, within the limits of our cgroups."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            machine_bytes = int(line.split()[1]) * 1024
+            break
+    else:
+        machine_bytes = 0
+    return min([machine_bytes, *_cgroup_left_bytes()])
+
+
+def _cgroup_left_bytes() -> list[int]:
+    """Return what the memory limits above this process leave, for cgroup v1, hybrid and v2."""
+    left: list[int] = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            roots, limit_name, usage_name = _V2_ROOTS, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            roots, limit_name, usage_name = _V1_ROOTS, "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        for root in roots:
+            folder = Path(root + path)
+            while str(folder).startswith(root):
+                limit, usage = _number(folder / limit_name), _number(folder / usage_name)
+                if limit is not None and usage is not None:
+                    left.append(max(0, limit - usage))
+                folder = folder.parent
+    return left
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,110 @@
+"""What ranks and `ckptctl` ask of a job, turned into inputs of its machine."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from ckptd.config import JobConfig, absolute_store
+from ckptd.core import events as e
+from ckptd.core.job_states import JobState
+from ckptd.daemon.ranks import Rank
+from ckptd.daemon.supervisor import Supervisor
+from ckptd.errors import AgentError, CkptdError, from_json
+from ckptd.protocol import messages as m
+from ckptd.types import CheckpointId
+
+_STOP_GRACE_S = 60.0
+
+
+def from_rank(job: Supervisor, rank: Rank, message: m.Message) -> None:
+    """Handle a message of a rank that has joined."""
+    number = rank.rank
+    match message:
+        case m.Reserve():
+            job.reserve(rank, message.image_bytes)
+        case m.Restored():
+            job.feed(e.RankRestored(number, message.seconds))
+        case m.RestoreFailed():
+            checkpoint = CheckpointId(message.generation, message.step)
+            job.feed(e.RestoreFailed(number, checkpoint, from_json(message.error)))
+        case m.Stepped():
+            job.feed(e.RankStepped(number, message.step, message.at_s))
+        case m.Seal():
+            job.feed(_sealed(rank, message))
+        case m.Missed():
+            error = None if message.error is None else from_json(message.error)
+            job.feed(e.CaptureMissed(number, message.step, error))
+        case m.Request():
+            job.feed(e.CheckpointWanted())
+        case m.Leave():
+            rank.leaving = rank.left = True
+            job.feed(e.RankLeft(number, message.step))
+        case _:
+            raise AgentError(f"{type(message).__name__} is no message of a rank")
+
+
+def _sealed(rank: Rank, message: m.Seal) -> e.RankSealed:
+    if message.slot not in rank.lent:
+        raise AgentError(f"rank {rank.rank} sealed slot {message.slot}, which it was not lent")
+    return e.RankSealed(
+        rank.rank,
+        message.step,
+        message.slot,
+        message.image_bytes,
+        message.seconds,
+        message.values,
+        message.final,
+    )
+
+
+def attached_config(message: m.Join, folder: Path) -> JobConfig:
+    """Return the settings of a job whose ranks somebody else starts, from what its first rank says."""
+    options = dict(message.options)
+    store = str(options.pop("store", "") or "")
+    return JobConfig.from_json(
+        {
+            "name": message.job,
+            "command": [],
+            "nproc": message.world_size,
+            "store": absolute_store(store, folder) if store else "",
+            **options,
+        }
+    )
+
+
+async def control(job: Supervisor, message: m.Control) -> dict[str, Any]:
+    """Do what `ckptctl checkpoint | stop | restart` asks, and wait for its effect if asked to."""
+    match message.verb:
+        case "checkpoint":
+            return await _checkpoint(job, wait=message.wait)
+        case "stop":
+            job.feed(e.StopWanted(_STOP_GRACE_S))
+            if message.wait:
+                end = await asyncio.shield(job.ended)
+                return {"job": job.config.name, "outcome": end.outcome}
+            return {"job": job.config.name, "outcome": "stopping"}
+        case "restart":
+            if job.machine.state not in (JobState.STARTING, JobState.RUNNING):
+                raise AgentError(f"job {job.config.name} is {job.machine.state.value}: there is nothing to restart")
+            job.feed(e.RestartWanted())
+            return {"job": job.config.name}
+    raise AgentError(f"unknown request {message.verb!r}")
+
+
+async def _checkpoint(job: Supervisor, *, wait: bool) -> dict[str, Any]:
+    if job.machine.state is not JobState.RUNNING:
+        raise AgentError(f"job {job.config.name} is {job.machine.state.value}: only a running job can be checkpointed")
+    before = job.machine.keeper.last_committed
+    job.feed(e.CheckpointWanted())
+    while wait and job.machine.keeper.last_committed == before:
+        if job.ended.done():
+            raise _ended(job)
+        await asyncio.sleep(0.02)
+    last = job.machine.keeper.last_committed
+    return {"job": job.config.name, "step": None if last is None or last == before else last.id.step}
+
+
+def _ended(job: Supervisor) -> CkptdError:
+    return AgentError(f"job {job.config.name} ended before the checkpoint was committed")

@@ -1,0 +1,364 @@
+"""The supervisor: carries out what a job's machine decides, and tells the machine what happens.
+
+All decisions are in `core.job`; this is its shell. Inputs are queued, so that an effect that produces the next input
+at once can't run inside the one before it. Whatever blocks runs in a thread and comes back as an input.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from ckptd.config import JobConfig
+from ckptd.coordination.coordinator import Coordinator, next_generation
+from ckptd.core import events as e
+from ckptd.core.job import JobMachine, JobSpec, Now
+from ckptd.core.job_states import JobState
+from ckptd.core.policy.restart import RestartPolicy
+from ckptd.core.policy.retention import RetentionPolicy
+from ckptd.core.restore import Source
+from ckptd.daemon import storage_work
+from ckptd.daemon.arena import Arena, Budget
+from ckptd.daemon.processes import Processes
+from ckptd.daemon.ranks import Rank
+from ckptd.errors import CkptdError, FencedError, unreachable
+from ckptd.journal import Journal, entry_now
+from ckptd.log import Logger
+from ckptd.storage.tier import Tier
+from ckptd.types import CheckpointId, RaisedException
+
+TICK_S = 0.05
+_JOURNAL_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What an agent shares among its jobs."""
+
+    journal: Journal
+    coordinator: Coordinator
+    budget: Budget
+    pool: ThreadPoolExecutor
+    socket: str
+    pid: int
+    logger: Logger
+
+
+class Supervisor:
+    """Runs one job. `ended` resolves to the `End` effect once nothing of the job is left."""
+
+    def __init__(self, config: JobConfig, tier: Tier, services: Services, processes: Processes | None) -> None:
+        self.config = config
+        self.ended: asyncio.Future[e.End] = asyncio.get_running_loop().create_future()
+        self.ranks: dict[int, Rank] = {}
+        self.tier = tier
+        self.processes = processes
+        self._services = services
+        self._log = services.logger.bind(job=config.name)
+        self._arena = Arena(config.name, services.budget, config.slots)
+        self._digests: dict[tuple[CheckpointId, int], dict[str, str]] = {}
+        self._inputs: deque[e.Input] = deque()
+        self._busy = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._journaled_at_s = 0.0
+        spec = JobSpec(
+            config.name,
+            config.nproc,
+            config.every_s,
+            supervised=config.supervised,
+            retention=RetentionPolicy(config.keep_last),
+            restart=RestartPolicy(config.max_restarts),
+        )
+        self.machine = JobMachine(spec, services.journal.next_incident(config.name))
+        self._log.info("job started", nproc=config.nproc, every_s=config.every_s, store=tier.url)
+        if processes is not None:
+            processes.start(self.feed)
+            self._carry_out(self.machine.begin())
+        self._spawn_task(self._tick())
+
+    # --- inputs -----------------------------------------------------------------------------------------------
+
+    def feed(self, event: e.Input) -> None:
+        """Tell the machine what happened, and carry out what it wants done."""
+        self._inputs.append(event)
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            while self._inputs:
+                now = Now(time.monotonic(), time.time())
+                self._carry_out(self.machine.handle(self._inputs.popleft(), now))
+        finally:
+            self._busy = False
+
+    def stop(self, grace_s: float, *, checkpoint: bool = True) -> None:
+        """Stop the job on purpose: with a last checkpoint within `grace_s`, or at once."""
+        self.feed(e.StopWanted(grace_s, checkpoint))
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop already."""
+        return self.machine.state is JobState.STOPPING
+
+    async def _tick(self) -> None:
+        while not self.ended.done():
+            await asyncio.sleep(TICK_S)
+            steps = {rank.rank: rank.step for rank in self.ranks.values() if rank.step}
+            if steps:
+                self.feed(e.Progress({rank: step for rank, step in steps.items() if step is not None}))
+            self.feed(e.Tick())
+            if self.processes is not None:
+                self.processes.pump()
+            if time.monotonic() - self._journaled_at_s > _JOURNAL_EVERY_S:
+                self.write_down()
+
+    # --- effects ----------------------------------------------------------------------------------------------
+
+    def _carry_out(self, effects: list[e.Effect]) -> None:
+        for effect in effects:
+            self._do(effect)
+
+    def _do(self, effect: e.Effect) -> None:  # noqa: C901, PLR0912 - a dispatch table in match form
+        match effect:
+            case e.Log():
+                getattr(self._log, effect.level)(effect.event, **effect.fields)
+            case e.Announce():
+                for rank in self.ranks.values():
+                    rank.announce(effect.step)
+            case e.Release():
+                if effect.rank in self.ranks:
+                    self.ranks[effect.rank].release(effect.slot)
+            case e.Flush():
+                self._spawn_task(self._flush(effect))
+            case e.Record():
+                self._services.journal.write_incident(effect.incident)
+                self.write_down()
+            case e.Admit():
+                self._admit(effect)
+            case e.Dismiss():
+                if effect.rank in self.ranks:
+                    self.ranks[effect.rank].dismiss()
+            case e.Kill():
+                if self.processes is not None:
+                    self.processes.kill(effect.signal)
+            case e.Spawn():
+                for rank in self.ranks.values():
+                    rank.close()
+                self.ranks = {}
+                if self.processes is not None:
+                    self.processes.spawn(effect.generation, effect.restarts)
+            case e.ReadStore():
+                self._spawn_task(self._answer(self._read_store()))
+            case e.Claim():
+                self._spawn_task(self._answer(self._claim(effect)))
+            case e.Fetch():
+                self._spawn_task(self._fetch(effect.source))
+            case e.Prune():
+                self._spawn_task(self._prune(effect))
+            case e.End():
+                self._spawn_task(self._end(effect))
+            case _:
+                unreachable(f"no such effect: {effect}")
+
+    def _spawn_task(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            # A bug of ours: crash the agent, systemd brings it back. Going on could lose a checkpoint.
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "a storage task failed", "exception": task.exception(), "task": task}
+            )
+
+    async def _answer(self, work: Awaitable[e.Input]) -> None:
+        try:
+            self.feed(await work)
+        except CkptdError as error:
+            self.feed(e.SetupFailed(error))
+
+    async def _read_store(self) -> e.Input:
+        return await asyncio.to_thread(storage_work.read_store, self.tier, self.config.name)
+
+    async def _claim(self, order: e.Claim) -> e.Input:
+        number = order.at_least
+        for _ in range(100):
+            number = await asyncio.to_thread(next_generation, self._services.coordinator, self.config.name, number)
+            if await asyncio.to_thread(storage_work.claim, self.tier, self.config.name, number, order.parent):
+                return e.Claimed(number)
+        raise FencedError(f"somebody else claims every generation of job {self.config.name}", hint="stop the other one")
+
+    async def _fetch(self, source: Source) -> None:
+        name, world_size = self.config.name, self.config.nproc
+        try:
+            loaded = await asyncio.to_thread(storage_work.load_manifest, self.tier, name, source.id, world_size)
+            slots = {shard.rank: await self._free_slot(shard.rank, shard.size_bytes) for shard in loaded.shards}
+            places = {rank: self._arena.slots(rank)[slot].view for rank, slot in slots.items()}
+            await asyncio.to_thread(storage_work.fetch, self.tier, name, loaded, places, self._services.pool)
+        except CkptdError as error:
+            self.feed(e.FetchFailed(source, error))
+            return
+        sizes = {shard.rank: shard.size_bytes for shard in loaded.shards}
+        for shard in loaded.shards:
+            self._digests[(source.id, shard.rank)] = dict(shard.tensor_digests)
+        self.feed(e.Fetched(source, slots, sizes))
+
+    async def _free_slot(self, rank: int, size_bytes: int) -> int:
+        """Return a slot that holds nothing, making one if every slot is held."""
+        held = self.machine.keeper.book.held(rank)
+        numbers = await asyncio.to_thread(self._arena.reserve, rank, size_bytes, held)
+        free = [number for number in numbers if number not in held]
+        if not free:
+            numbers = await asyncio.to_thread(self._arena.reserve, rank, size_bytes, held, len(numbers) + 1)
+            free = [number for number in numbers if number not in held]
+        return free[0]
+
+    async def _flush(self, order: e.Flush) -> None:
+        images = {
+            rank: self._arena.slots(rank)[slot].view[: order.image_bytes[rank]] for rank, slot in order.slots.items()
+        }
+        try:
+            result = await asyncio.to_thread(
+                storage_work.flush, self.tier, self.config.name, order, images, self._services.pool
+            )
+        except CkptdError as error:
+            self.feed(e.FlushFailed(order.id, error))
+            return
+        alive = self.machine.keeper.book.snapshots
+        self._digests = {key: value for key, value in self._digests.items() if key[0] in alive}
+        for rank, digests in result.digests.items():
+            self._digests[(order.id, rank)] = dict(digests)
+        self.feed(e.Committed(order.id, self.tier.name, result.size_bytes, result.seconds))
+        self.write_down()
+
+    async def _prune(self, order: e.Prune) -> None:
+        error = await asyncio.to_thread(storage_work.prune, self.tier, self.config.name, order.ids)
+        if error is not None:
+            self._log.warning("prune failed", error=str(error))
+        self._log.debug("checkpoint pruned", steps=[item.step for item in order.ids], reasons=list(order.reasons))
+
+    # --- ranks ------------------------------------------------------------------------------------------------
+
+    def join(self, rank: Rank) -> None:
+        """Take in a rank that asks for its place; it is admitted when its generation is ready."""
+        if not self.config.supervised:
+            rank.watch(lambda: self._attached_gone(rank))
+        self.ranks[rank.rank] = rank
+        self.feed(e.RankJoined(rank.rank, rank.peer.pid))
+
+    def raised(self, number: int, generation: int, exception: RaisedException) -> None:
+        """Remember what a rank says of its end, until the end itself is seen."""
+        if self.processes is not None:
+            self.processes.raised(number, generation, exception)
+        elif number in self.ranks:
+            self.ranks[number].exception = exception
+
+    def _attached_gone(self, rank: Rank) -> None:
+        if self.ranks.get(rank.rank) is rank:
+            del self.ranks[rank.rank]
+        evidence = rank.evidence(time.monotonic())
+        rank.close()
+        self.feed(e.RankExited(rank.rank, rank.peer.pid, evidence))
+
+    def _admit(self, order: e.Admit) -> None:
+        rank = self.ranks[order.rank]
+        held = self.machine.keeper.book.held(order.rank)
+        rank.admit(order.generation, held, self._offer(order))
+
+    def _offer(self, order: e.Admit) -> dict[str, Any] | None:
+        if order.offer is None:
+            return None
+        snapshot = self.machine.keeper.book.snapshots[order.offer.id]
+        return {
+            "generation": order.offer.id.generation,
+            "step": order.offer.id.step,
+            "tier": order.offer.tier,
+            "slot": snapshot.slots[order.rank],
+            "image_bytes": snapshot.image_bytes[order.rank],
+            "digests": self._digests.get((order.offer.id, order.rank)),
+        }
+
+    def reserve(self, rank: Rank, image_bytes: int) -> None:
+        """Lend a rank slots that are large enough."""
+        self._spawn_task(self._reserve(rank, image_bytes))
+
+    async def _reserve(self, rank: Rank, image_bytes: int) -> None:
+        held = self.machine.keeper.book.held(rank.rank)
+        try:
+            numbers = await asyncio.to_thread(self._arena.reserve, rank.rank, image_bytes, held)
+        except CkptdError as error:
+            rank.refuse(error)
+            self.feed(e.SetupFailed(error))
+            return
+        slots = self._arena.slots(rank.rank)
+        self._log.debug("slots lent", rank=rank.rank, slots=len(numbers), size_bytes=image_bytes)
+        rank.lend(slots, numbers)
+        self.feed(e.SlotsLent(rank.rank, tuple(numbers)))
+
+    # --- views ------------------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """Return the shape of `ckptctl status --json`."""
+        machine = self.machine
+        generation, last = machine.generation, machine.keeper.last_committed
+        pids = {} if generation is None else generation.pids
+        gone = set() if generation is None else generation.gone
+        return {
+            "job": self.config.name,
+            "state": machine.state.value,
+            "generation": 0 if generation is None else generation.number,
+            "step": 0 if generation is None else generation.newest_step,
+            "ranks": [
+                {
+                    "rank": number,
+                    "pid": pids.get(number),
+                    "state": self._rank_state(number, gone),
+                    "step": self.ranks[number].step if number in self.ranks else None,
+                }
+                for number in range(self.config.nproc)
+            ],
+            "last_committed": None if last is None else {"step": last.id.step, "tier": last.tier},
+            "restarts": machine.recovery.restarts,
+        }
+
+    def _rank_state(self, number: int, gone: set[int]) -> str:
+        if number in gone:
+            return "gone"
+        if number in self.ranks:
+            return self.ranks[number].phase
+        spawned = self.machine.generation is not None and number in self.machine.generation.pids
+        return "spawned" if spawned else "absent"
+
+    def write_down(self) -> None:
+        """Write the job's state to the journal."""
+        self._journaled_at_s = time.monotonic()
+        services = self._services
+        services.journal.write_job(
+            entry_now(self.config.name, self.config.to_json(), self.status(), services.pid, services.socket)
+        )
+
+    # --- the end ----------------------------------------------------------------------------------------------
+
+    async def _end(self, end: e.End) -> None:
+        if self.processes is not None:
+            await self.processes.close()
+        for rank in self.ranks.values():
+            rank.dismiss()
+        self.write_down()
+        level = "info" if end.error is None else "error"
+        getattr(self._log, level)("job ended", outcome=end.outcome, error=None if end.error is None else str(end.error))
+        self.ended.set_result(end)
+        others = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        for rank in self.ranks.values():
+            rank.close()
+        await asyncio.gather(*others, return_exceptions=True)
+        self._arena.close()

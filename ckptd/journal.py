@@ -1,0 +1,120 @@
+"""The journal: what an agent remembers of its jobs, so that `ckptctl` can answer after a run and after a crash.
+
+SQLite in WAL mode: several agents and readers of one user share the file, and a killed writer loses at most its last
+words. Checkpoints are not in it; the tiers themselves are the truth about those.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptd.errors import StoreError
+from ckptd.types import Incident
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    job TEXT PRIMARY KEY, config TEXT NOT NULL, status TEXT NOT NULL,
+    agent_pid INTEGER NOT NULL, agent_socket TEXT NOT NULL, updated_at REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS incidents (
+    job TEXT NOT NULL, number INTEGER NOT NULL, incident TEXT NOT NULL, PRIMARY KEY (job, number)
+);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class JobEntry:
+    """A job as it was last written down. `status` is the shape of `ckptctl status --json`."""
+
+    job: str
+    config: dict[str, Any]
+    status: dict[str, Any]
+    agent_pid: int
+    agent_socket: str
+    updated_at: float
+
+
+class Journal:
+    """Opens (and creates) the journal below a state folder; with `read_only`, a missing one reads as empty."""
+
+    def __init__(self, home: Path, *, read_only: bool = False) -> None:
+        self._path = home / "journal.sqlite"
+        try:
+            if read_only:
+                exists = self._path.exists()
+                name = f"{self._path.as_uri()}?mode=ro" if exists else "file::memory:"
+                self._database = sqlite3.connect(name, uri=True, timeout=10, isolation_level=None)
+                if not exists:
+                    self._database.executescript(_SCHEMA)
+                return
+            home.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self._path, timeout=10, isolation_level=None)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=NORMAL")
+            self._database.executescript(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(
+                f"can't use the journal {self._path}: {error}", hint="set CKPTD_HOME to a folder of yours"
+            ) from error
+
+    def write_job(self, entry: JobEntry) -> None:
+        """Write down a job's newest state."""
+        self._database.execute(
+            "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                entry.job,
+                json.dumps(entry.config),
+                json.dumps(entry.status),
+                entry.agent_pid,
+                entry.agent_socket,
+                entry.updated_at,
+            ),
+        )
+
+    def read_job(self, job: str) -> JobEntry | None:
+        """Return what is known of a job."""
+        return next(iter(self._read("WHERE job = ?", (job,))), None)
+
+    def read_jobs(self) -> list[JobEntry]:
+        """Return all jobs, the last written first."""
+        return self._read("ORDER BY updated_at DESC", ())
+
+    def _read(self, clause: str, values: tuple[str, ...]) -> list[JobEntry]:
+        rows = self._database.execute(
+            f"SELECT job, config, status, agent_pid, agent_socket, updated_at FROM jobs {clause}",  # noqa: S608 - ours
+            values,
+        ).fetchall()
+        return [JobEntry(row[0], json.loads(row[1]), json.loads(row[2]), *row[3:]) for row in rows]
+
+    def write_incident(self, incident: Incident) -> None:
+        """Write down the newest form of an incident."""
+        self._database.execute(
+            "INSERT OR REPLACE INTO incidents VALUES (?, ?, ?)",
+            (incident.job, incident.number, json.dumps(incident.to_json())),
+        )
+
+    def read_incidents(self, job: str) -> list[dict[str, Any]]:
+        """Return a job's incidents, oldest first, in the shape of `ckptctl incidents --json`."""
+        rows = self._database.execute("SELECT incident FROM incidents WHERE job = ? ORDER BY number", (job,)).fetchall()
+        return [json.loads(row[0]) for row in rows]
+
+    def next_incident(self, job: str) -> int:
+        """Return the number that a job's next incident gets."""
+        (number,) = self._database.execute(
+            "SELECT COALESCE(MAX(number), 0) FROM incidents WHERE job = ?", (job,)
+        ).fetchone()
+        return int(number) + 1
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+
+def entry_now(job: str, config: dict[str, Any], status: dict[str, Any], agent_pid: int, agent_socket: str) -> JobEntry:
+    """Return an entry stamped with the present."""
+    return JobEntry(job, config, status, agent_pid, agent_socket, time.time())

@@ -1,0 +1,135 @@
+"""Importing what every rank needs before the first fork, and refusing whatever a fork would break.
+
+A fork copies one thread and every descriptor. A module that has started a thread would be a module without its
+thread in each rank (with that thread's locks held for ever); one that has opened a device, a socket or a log file
+would share it between all ranks. Neither can be undone from outside, so the launcher starts anew without the module
+and says why; the ranks import it themselves, as they would under plain Python.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from importlib.machinery import BuiltinImporter, FrozenImporter
+from pathlib import Path
+from typing import NoReturn
+
+from ckptd.launcher.processes import has_children, open_descriptors
+
+StartOver = Callable[[str, str], NoReturn]
+_TASKS = Path("/proc/self/task")
+_SETTLE_S = 0.2
+"""How long a thread that is on its way out may take to leave the process table."""
+
+
+def preload(names: Sequence[str], unfit: StartOver) -> tuple[list[str], dict[str, str]]:
+    """Import `names` in order; return those that are loaded now, and why others are not.
+
+    `unfit(name, reason)` replaces this process by one that leaves `name` out.
+    """
+    loaded: list[str] = []
+    missing: dict[str, str] = {}
+    for name in names:
+        before = open_descriptors()
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                unfit(name, f"import failed: {_in_words(error)}")
+            # Nothing of it was executed, so there is nothing to clean up.
+            missing[name] = f"no module named {error.name}"
+            continue
+        except BaseException as error:
+            # Any exception may come out of foreign code. What it has left half-done goes with this process.
+            unfit(name, f"import failed: {_in_words(error)}")
+            raise
+        reason = why_unfit(before)
+        if reason is not None:
+            unfit(name, reason)
+        loaded.append(name)
+    return loaded, missing
+
+
+def why_unfit(before: dict[int, str]) -> str | None:
+    """Return why this process must not be forked after an import, or None; `before` are the descriptors of then."""
+    opened = {number: target for number, target in open_descriptors().items() if number not in before}
+    if opened:
+        return f"leaves descriptors open: {', '.join(sorted(set(opened.values())))}"
+    torch_cuda = sys.modules.get("torch.cuda")
+    if torch_cuda is not None and torch_cuda.is_initialized():
+        return "initialises CUDA"
+    if has_children():
+        return "starts processes"
+    if _tasks_settled() > 1:
+        # OpenBLAS and its like end their threads before a fork and start them again on demand: only a fork can tell.
+        _probe_fork()
+        if _tasks_settled() > 1:
+            return f"starts threads: {', '.join(sorted(_thread_names()))}"
+    return None
+
+
+def shadowed(folder: str, loaded: Iterable[str]) -> list[str]:
+    """Return the modules of `folder` that a rank would miss because another of that name is loaded already.
+
+    Under plain Python the script's folder comes first, so its own `queue.py` wins over the standard library's. In a
+    preloaded parent the other one is in `sys.modules` long before.
+    """
+    try:
+        entries = sorted(entry.name for entry in Path(folder).iterdir())
+    except OSError:
+        return []
+    candidates = {entry.partition(".")[0] for entry in entries}
+    found = []
+    for name in loaded:
+        if name not in candidates or "." in name or name in sys.builtin_module_names:
+            continue
+        spec = getattr(sys.modules.get(name), "__spec__", None)
+        # Modules without a spec are `__main__` and its like; built-in and frozen ones win over any folder.
+        if spec is None or spec.loader in (BuiltinImporter, FrozenImporter) or not spec.origin:
+            continue
+        here = importlib.machinery.PathFinder.find_spec(name, [folder])
+        if here is None or not here.origin or os.path.realpath(here.origin) == os.path.realpath(spec.origin):
+            continue
+        found.append(name)
+    return found
+
+
+def _in_words(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _tasks_settled() -> int:
+    end_s = time.monotonic() + _SETTLE_S
+    while (count := len(list(_TASKS.iterdir()))) > 1 and time.monotonic() < end_s:
+        time.sleep(0.005)
+    return count
+
+
+def _probe_fork() -> None:
+    with warnings.catch_warnings():
+        # Python 3.12 and later warn about forking with threads, which is exactly what is being tried here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def _thread_names() -> set[str]:
+    names = {thread.name for thread in threading.enumerate() if thread is not threading.main_thread()}
+    if names:
+        return names
+    return {_task_name(task) for task in _TASKS.iterdir() if int(task.name) != os.getpid()}
+
+
+def _task_name(task: Path) -> str:
+    try:
+        return (task / "comm").read_text(encoding="utf-8", errors="replace").strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return "ended"

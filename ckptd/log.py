@@ -1,0 +1,90 @@
+"""structlog set-up: a console line on a terminal, JSON otherwise; one canonical line per checkpoint and incident."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, MutableMapping
+from typing import Any, TextIO
+
+import structlog
+
+from ckptd.units import show_duration, show_size
+
+EVENTS = frozenset({
+    "agent started",
+    "agent stopping",
+    "capture announced",
+    "checkpoint committed",
+    "checkpoint damaged",
+    "checkpoint pruned",
+    "checkpoint skipped",
+    "flush failed",
+    "generation started",
+    "job ended",
+    "job recovered",
+    "job started",
+    "launcher ready",
+    "module not preloaded",
+    "plugin failed",
+    "prune failed",
+    "rank failed",
+    "ranks not attached",
+    "restart delayed",
+    "restore failed",
+    "restore planned",
+    "slots lent",
+    "snapshot abandoned",
+    "stop without checkpoint",
+    "stopping",
+})  # fmt: skip
+"""Every event name that ckptd logs; a test holds the code against this list."""
+
+Logger = structlog.typing.FilteringBoundLogger
+
+
+def set_up(log_format: str = "auto", *, stream: TextIO | None = None, debug: bool = False) -> None:
+    """Configure structlog for this process. The only place that touches its global state."""
+    out = sys.stderr if stream is None else stream
+    console = log_format == "console" or (log_format == "auto" and out.isatty())
+    shared: list[structlog.typing.Processor] = [structlog.processors.add_log_level]
+    if console:
+        shared += [
+            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            _for_people,
+            structlog.dev.ConsoleRenderer(colors=out.isatty(), pad_event_to=22, sort_keys=False),
+        ]
+    else:
+        shared += [
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(default=str),
+        ]
+    structlog.configure(
+        processors=shared,
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if debug else logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(file=out),
+        cache_logger_on_first_use=False,
+    )
+
+
+def get_logger(**context: object) -> Logger:
+    """Return a logger that adds `context` to every line."""
+    logger: Logger = structlog.get_logger(**context)
+    return logger
+
+
+def _for_people(_: object, __: str, fields: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """Show seconds and bytes the way people read them; JSON keeps the plain numbers."""
+    shown: dict[str, Any] = {}
+    for key, value in fields.items():
+        if key.endswith("_bytes") and isinstance(value, (int, float)):
+            shown[key.removesuffix("_bytes")] = show_size(value)
+        elif key.endswith("_s") and isinstance(value, (int, float)):
+            shown[key.removesuffix("_s")] = show_duration(value)
+        elif key == "seconds" and isinstance(value, Mapping):
+            shown[key] = ", ".join(f"{name} {show_duration(part)}" for name, part in value.items())
+        elif key == "restored" and isinstance(value, Mapping):
+            shown[key] = f"step {value['step']} from {value['tier']}"
+        else:
+            shown[key] = value
+    return shown

@@ -1,0 +1,45 @@
+"""What plugins hand over: plain objects that the agent calls itself, each inside its own limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ckptd.storage.tier import Tier
+from ckptd.types import Evidence, RankExit
+
+
+@dataclass(frozen=True, slots=True)
+class TierFactory:
+    """Opens tiers for URL schemes; the scheme "" stands for a plain path."""
+
+    name: str
+    schemes: tuple[str, ...]
+    open: Callable[[str], Tier]
+
+
+@dataclass(frozen=True, slots=True)
+class FrameworkSpec:
+    """Names a framework's adapter for the ranks, without importing it: the agent must stay light.
+
+    A rank whose script has imported `trigger` imports `target` ("module:attribute") and calls it without arguments
+    to get a `ckptd.client.framework.Framework`.
+    """
+
+    name: str
+    trigger: str
+    target: str
+
+
+class Detector(Protocol):
+    """Turns observations into evidence. Pure, fast, and never blocking: it runs in the agent's loop."""
+
+    @property
+    def name(self) -> str:
+        """How evidence and logs name it."""
+        ...
+
+    def on_exit(self, end: RankExit) -> Evidence | None:
+        """Judge the end of a rank's process; None says that this end is no failure."""
+        ...

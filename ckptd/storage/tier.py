@@ -1,0 +1,87 @@
+"""The tier contract: what a place must be able to do to keep checkpoints.
+
+A tier maps keys to immutable objects. Calls block and run in the agent's storage threads; they raise `StoreError`
+(with what and where) for everything that goes wrong, and `NotFoundError` for a key that isn't there. Retrying is not
+theirs to do. What a tier can't do is declared in its `Capabilities`, never imitated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+Buffer = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a tier can do by itself."""
+
+    create_only_put: bool
+    """`put(create_only=True)` has one winner, however many race for a key."""
+    range_read: bool
+    """`read_into` reads just the range asked for."""
+    survives_process: bool
+    """Objects outlive the process that put them."""
+    survives_node: bool
+    """Objects outlive the node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object in a listing."""
+
+    key: str
+    size_bytes: int
+    modified_at: float
+
+
+class Tier(Protocol):
+    """A place with a cost and a failure group, where shards and manifests are kept."""
+
+    @property
+    def name(self) -> str:
+        """The short name that logs, `ls` and incidents show: "local", "memory", "s3"."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """Where it is, as the user named it, without credentials."""
+        ...
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do by itself."""
+        ...
+
+    def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
+        """Keep `data` under `key`: durable when this returns, and seen whole or not at all by every reader.
+
+        With `create_only` an existing key is left alone and `FencedError` raised; it needs that capability.
+        """
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Return a small object whole."""
+        ...
+
+    def size_bytes(self, key: str) -> int:
+        """Return the size of an object."""
+        ...
+
+    def read_into(self, key: str, offset: int, into: memoryview) -> None:
+        """Fill all of `into` from `offset` of an object; an object that ends before is a `DamagedError`."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """Yield every object whose key starts with `prefix`, in no particular order."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that isn't there is no error, since two prunes may meet."""
+        ...
+
+    def check_writable(self) -> None:
+        """Raise `StoreError` unless an object could be put now; called before a job starts."""
+        ...

@@ -1,0 +1,1 @@
+"""The PyTorch integration: captures and restores modules, optimizers, tensors and the values beside them."""

@@ -1,0 +1,204 @@
+"""What the image has to know of tensors: dtypes, shapes, what can't be captured, and which ones are the same.
+
+Everything that runs once per tensor runs in C, over whole lists: a capture of 10,000 small tensors is otherwise spent
+in the interpreter. Only what is out of the ordinary (not contiguous, not in main memory, complex) is looked at singly.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from operator import not_
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from ckptd.errors import StateError
+
+DTYPE_NAMES: Mapping[torch.dtype, str] = {
+    torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64", torch.complex64: "C64",
+    torch.float32: "F32", torch.int32: "I32", torch.uint32: "U32",
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.int16: "I16", torch.uint16: "U16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""Names that the safetensors format has for torch's dtypes."""
+DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+"""Tensor classes that hold their elements and nothing else."""
+
+
+class View(NamedTuple):
+    """What the header of an image can't say about a tensor, and a new one must know to be like the old."""
+
+    dtype: str | None
+    """The dtype when its elements are stored as another one: complex128 as pairs of F64."""
+    strides: tuple[int, ...] | None
+    """The strides of a tensor that is dense but in another order, such as channels-last."""
+    device: str | None
+    """The kind of device when it was not in main memory."""
+
+
+@dataclass(slots=True)
+class TensorTable:
+    """The tensors of one capture, each once, in the order in which they were met."""
+
+    names: list[str]
+    tensors: list[Tensor]
+    dtypes: list[str]
+    shapes: list[tuple[int, ...]]
+    pointers: list[int]
+    odd: list[int]
+    """Indexes of tensors that are not contiguous elements in main memory: `copy_` has to convert them."""
+    aliases: dict[str, str]
+    """Names of tensors that share all memory with an earlier one, and that one's name."""
+    views: dict[str, View]
+
+    def current_pointers(self) -> list[int]:
+        """Return where the tensors are now; raises `StateError` when one has moved since it was described.
+
+        What was described is what will be copied by address, so this comes right before copying.
+        """
+        pointers = list(map(Tensor.data_ptr, self.tensors))
+        if pointers != self.pointers:
+            moved = next(i for i, pointer in enumerate(pointers) if pointer != self.pointers[i])
+            raise StateError(
+                f"tensor {self.names[moved]!r} got other memory while it was being captured",
+                hint="let no other thread change the model at a step's boundary",
+            )
+        return pointers
+
+
+def tabulate(names: list[str], tensors: list[Tensor]) -> TensorTable:
+    """Describe `tensors` without copying any; raises `StateError` naming one that can't be captured."""
+    try:
+        dtypes = [tensor.dtype for tensor in tensors]
+        shapes: list[tuple[int, ...]] = [tensor.shape for tensor in tensors]
+        contiguous = list(map(Tensor.is_contiguous, tensors))
+        pointers = list(map(Tensor.data_ptr, tensors))
+    except RuntimeError:
+        # Sparse, nested and other exotic tensors answer none of these questions.
+        _refuse_first(names, tensors)
+        raise
+    odd = _find_odd(tensors, dtypes, contiguous)
+    suspects = odd if DTYPE_NAMES.keys() >= set(dtypes) else range(len(tensors))
+    for index in suspects:
+        kind = unsupported_kind(tensors[index])
+        if kind is not None:
+            refuse(names[index], kind)
+    aliases = _find_aliases(names, tensors, pointers)
+    views = {}
+    for index in odd:
+        tensor = tensors[index]
+        view = _view_of(tensor, contiguous=contiguous[index])
+        if view != View(None, None, None) and names[index] not in aliases:
+            views[names[index]] = view
+        if tensor.dtype is torch.complex128:
+            tensors[index] = torch.view_as_real(tensor.detach().resolve_conj())
+            dtypes[index] = torch.float64
+            shapes[index] = tensors[index].shape
+    if aliases:
+        kept = [name not in aliases for name in names]
+        odd = list(_where(compress((index in set(odd) for index in range(len(kept))), kept)))
+        names, tensors, dtypes = (
+            list(compress(names, kept)),
+            list(compress(tensors, kept)),
+            list(compress(dtypes, kept)),
+        )
+        shapes, pointers = list(compress(shapes, kept)), list(compress(pointers, kept))
+    table = TensorTable(names, tensors, [DTYPE_NAMES[dtype] for dtype in dtypes], shapes, pointers, odd, aliases, views)
+    if 0 in pointers:
+        _refuse_freed(table)
+    return table
+
+
+def unsupported_kind(tensor: Tensor) -> str | None:
+    """Return what is wrong with a tensor that can't be captured, in words, or None."""
+    kind = type(tensor)
+    if is_lazy(tensor):
+        return "an uninitialised parameter"
+    if kind not in PLAIN_TYPES and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"a {kind.__module__}.{kind.__qualname__}"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"a tensor of layout {str(tensor.layout).removeprefix('torch.')}"
+    if tensor.is_quantized:
+        return f"a quantised tensor ({str(tensor.dtype).removeprefix('torch.')})"
+    if tensor.is_meta:
+        return "a meta tensor"
+    if tensor.dtype not in DTYPE_NAMES and tensor.dtype is not torch.complex128:
+        return f"a tensor of dtype {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def refuse(name: str, kind: str) -> NoReturn:
+    """Raise the `StateError` that names a tensor and what it is."""
+    raise StateError(
+        f"state {name!r} holds {kind}, which can't be captured",
+        hint="convert it to a plain dense tensor, or leave it out of the state",
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name as people write it, without the module."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _find_odd(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], contiguous: Sequence[bool]) -> list[int]:
+    odd = set(_where(map(not_, contiguous)))
+    odd.update(_where(not tensor.is_cpu for tensor in tensors))
+    odd.update(_where(map(Tensor.is_neg, tensors)))
+    if any(dtype.is_complex for dtype in set(dtypes)):
+        odd.update(_where(dtype.is_complex for dtype in dtypes))
+    return sorted(odd)
+
+
+def _where(flags: Iterable[Any]) -> Iterator[int]:
+    return (index for index, flag in enumerate(flags) if flag)
+
+
+def _refuse_first(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    for name, tensor in zip(names, tensors, strict=True):
+        kind = unsupported_kind(tensor)
+        if kind is not None:
+            refuse(name, kind)
+
+
+def _refuse_freed(table: TensorTable) -> None:
+    for index, pointer in enumerate(table.pointers):
+        if pointer == 0 and table.tensors[index].numel():
+            refuse(table.names[index], "a tensor without memory (its storage was resized to nothing)")
+
+
+def _view_of(tensor: Tensor, *, contiguous: bool) -> View:
+    strides = None
+    if not contiguous and torch.empty_like(tensor, device="meta").stride() == tensor.stride():
+        # `empty_like` keeps the strides of exactly those tensors that are dense and don't overlap.
+        strides = tensor.stride()
+    return View(
+        "complex128" if tensor.dtype is torch.complex128 else None,
+        strides,
+        None if tensor.is_cpu else tensor.device.type,
+    )
+
+
+def _find_aliases(names: Sequence[str], tensors: Sequence[Tensor], pointers: Sequence[int]) -> dict[str, str]:
+    if len(set(pointers)) == len(pointers):
+        return {}
+    uses = Counter(pointers)
+    uses[0] = 0  # Tensors without elements all lie nowhere.
+    first: dict[object, str] = {}
+    aliases = {}
+    for name, tensor, pointer in zip(names, tensors, pointers, strict=True):
+        if uses[pointer] < 2:
+            continue
+        key = (pointer, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg())
+        earlier = first.setdefault(key, name)
+        if earlier != name:
+            aliases[name] = earlier
+    return aliases

@@ -16,7 +16,7 @@ from ckptd.protocol import endpoint
 from ckptd.storage.keys import check_job
 from ckptd.units import parse_duration, parse_size
 
-DEFAULT_PRELOAD = ("torch", "torch.distributed")
+DEFAULT_PRELOAD = ("torch",)
 MAX_NPROC = 1024
 
 

@@ -78,11 +78,15 @@ def _for_people(_: object, __: str, fields: MutableMapping[str, Any]) -> Mapping
     shown: dict[str, Any] = {}
     for key, value in fields.items():
         if key.endswith("_bytes") and isinstance(value, (int, float)):
-            shown[key.removesuffix("_bytes")] = show_size(value)
+            shown[key.removesuffix("_bytes")] = show_size(value).replace(" ", "")
         elif key.endswith("_s") and isinstance(value, (int, float)):
-            shown[key.removesuffix("_s")] = show_duration(value)
+            shown[key.removesuffix("_s")] = show_duration(value).replace(" ", "")
         elif key == "seconds" and isinstance(value, Mapping):
-            shown[key] = ", ".join(f"{name} {show_duration(part)}" for name, part in value.items())
+            shown[key] = ", ".join(f"{name} {show_duration(part).replace(' ', '')}" for name, part in value.items())
+        elif isinstance(value, float):
+            shown[key] = f"{value:.6g}"
+        elif value is None:
+            continue
         elif key == "restored" and isinstance(value, Mapping):
             shown[key] = f"step {value['step']} from {value['tier']}"
         else:

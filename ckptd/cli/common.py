@@ -37,7 +37,7 @@ def find_job(name: str, store: str | None) -> JobPlace:
         entry = known_job(name)
         store = JobConfig.from_json(entry.config).store
     config = AgentConfig.from_environ(os.environ)
-    manager = PluginManager(lambda plugin, problem: None, config.blocked_plugins)
+    manager = PluginManager(lambda *_: None, config.blocked_plugins)
     return JobPlace(name, manager.open_tier(absolute_store(store, Path.cwd())))
 
 

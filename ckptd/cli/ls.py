@@ -53,6 +53,6 @@ def run(options: argparse.Namespace) -> int:
             for item in records
         ]
         show_table(columns, rows, f"job {place.job} has no checkpoint that can be read in {place.tier.url}")
-    for error in damaged:
-        print(f"ckptctl: damaged: {error.message}", file=sys.stderr)
+    for problem in damaged:
+        print(f"ckptctl: damaged: {problem.message}", file=sys.stderr)
     return DamagedError.exit_code if damaged else 0

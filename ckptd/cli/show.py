@@ -33,15 +33,12 @@ def run(options: argparse.Namespace) -> int:
         show_json(loaded.document)
         return 0
     tensors = {name: item for name, item in loaded.document["tensors"].items() if name != VALUES_NAME}
-    parent = (
-        "none: it began afresh"
-        if loaded.parent is None
-        else f"step {loaded.parent.step} of generation {loaded.parent.generation}"
-    )
+    parent = loaded.parent
+    began = "afresh" if parent is None else f"with step {parent.step} of generation {parent.generation}"
     show_fields(
         [
             ("checkpoint", f"step {loaded.id.step} of job {place.job}"),
-            ("generation", f"{loaded.id.generation}, which began with {parent}"),
+            ("generation", f"{loaded.id.generation}, which began {began}"),
             ("committed", when(loaded.created_at)),
             ("place", f"{place.tier.url}/{checkpoint_prefix(place.job, chosen)}"),
             ("size", f"{show_size(loaded.size_bytes)} in {len(loaded.shards)} shards"),

@@ -37,8 +37,7 @@ def run(options: argparse.Namespace) -> int:
                 f"\rverifying {number} of {len(chosen)}: step {checkpoint.step} ", end="", file=sys.stderr, flush=True
             )
         results.append((checkpoint, verify(place.tier, place.job, checkpoint)))
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    _progress("\r\x1b[K")
     if options.json:
         show_json(
             [
@@ -59,3 +58,8 @@ def run(options: argparse.Namespace) -> int:
             for problem in problems:
                 print(f"  {problem}")
     return DamagedError.exit_code if any(problems for _, problems in results) else 0
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(text, end="", file=sys.stderr, flush=True)

@@ -72,7 +72,7 @@ async def _until_idle(agent: Agent, stop: asyncio.Event) -> None:
         if agent.server.peers or agent.jobs:
             break
         await asyncio.sleep(_IDLE_POLL_S)
-    while not agent.idle:
+    while not agent.idle:  # noqa: ASYNC110 - idleness is the sum of many things, none of which is an event
         await asyncio.sleep(_IDLE_POLL_S)
     stop.set()
 

@@ -54,8 +54,7 @@ class OutputFollower:
         for path, (descriptor, prefix, rest) in self._files.items():
             target = self._targets[path.suffix[1:]]
             while data := os.read(descriptor, _READ_BYTES):
-                rest += data
-                *lines, tail = bytes(rest).split(b"\n")
+                *lines, tail = (bytes(rest) + data).split(b"\n")
                 rest[:] = tail
                 for line in lines:
                     target.write(f"{prefix}{line.decode(errors='replace')}\n")

@@ -73,7 +73,7 @@ class Processes:
             self._launcher = LauncherProcess(
                 python=config.python,
                 command=config.command,
-                preload=config.preload,
+                preload=self._preload(),
                 on_agent_loss=self._on_agent_loss,
                 cwd=config.cwd,
                 env=job_env({**os.environ, **config.env}, nproc=config.nproc, cpu_count=cpu_count),
@@ -84,6 +84,17 @@ class Processes:
         except OSError as error:
             problem = ConfigError(f"can't start {config.python} in {config.cwd}: {error.strerror}")
             asyncio.get_running_loop().call_soon(self._feed, e.SetupFailed(problem))
+
+    def _preload(self) -> tuple[str, ...]:
+        """Add to the job's list what every rank imports anyway: the client, and the adapters of its frameworks."""
+        wanted = self._config.preload
+        if not wanted:
+            return ()
+        names = list(wanted)
+        for spec in self._plugins.frameworks:
+            if spec.trigger in wanted:
+                names += [*spec.preload, spec.target.partition(":")[0]]
+        return tuple(dict.fromkeys([*names, "ckptd.client.attach"]))
 
     def spawn(self, generation: int, restarts: int) -> None:
         """Start every rank of a generation, as soon as the launcher is ready."""
@@ -148,7 +159,7 @@ class Processes:
         match message:
             case Ready():
                 self._ready = True
-                self._log.info("launcher ready", seconds_to_import_s=message.seconds, preloaded=message.preloaded)
+                self._log.info("launcher ready", import_s=round(message.seconds, 3), preloaded=",".join(self._config.preload))
                 for name, reason in message.skipped.items():
                     self._log.warning("module not preloaded", module=name, reason=reason)
                 self._spawn()

@@ -121,7 +121,8 @@ def _parents() -> dict[int, int | None]:
 def _parent(pid: int) -> int | None:
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        # Ended meanwhile; or somebody else's, on a machine that hides those.
         return None
     # The second field is the program's name in brackets and may itself hold blanks and brackets.
     return int(fields[fields.rindex(b")") + 2 :].split()[1])

@@ -30,6 +30,8 @@ class FrameworkSpec:
     name: str
     trigger: str
     target: str
+    preload: tuple[str, ...] = ()
+    """Modules that a launcher which preloads `trigger` should preload too, because nearly every script needs them."""
 
 
 class Detector(Protocol):

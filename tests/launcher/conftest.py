@@ -161,8 +161,8 @@ class Agent:
             self.process.wait()
         for pid in [*self.pids.values(), *self.strangers]:
             with suppress(ProcessLookupError, FileNotFoundError):
-                # A number is only ours while our mark is in that process's environment.
-                if os.fsencode(self.folder) in Path(f"/proc/{pid}/environ").read_bytes():
+                # A number is only ours while TEST_MARK is in that process's environment.
+                if os.fsencode(self.folder.parent) in Path(f"/proc/{pid}/environ").read_bytes():
                     os.kill(pid, signal.SIGKILL)
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from operator import attrgetter, eq
 from typing import Any
 
 import torch
@@ -51,24 +52,35 @@ class LayoutCache:
     """
 
     def __init__(self) -> None:
-        self._key: tuple[Sequence[str], Sequence[str], Sequence[Sequence[int]]] = ((), (), ())
+        self._names: list[str] = []
+        self._dtypes: list[str] = []
+        self._shapes: list[tuple[int, ...]] = []
         self._placement: Placement | None = None
 
     def place(self, table: TensorTable, values_bytes: int) -> Placement:
         """Return where `table` and a values blob of `values_bytes` go."""
-        key = (table.names, table.dtypes, table.shapes)
         current = self._placement
-        if current is not None and key == self._key and values_bytes <= current.values_capacity:
+        if current is not None and self._is_same(table) and values_bytes <= current.values_capacity:
             return current
-        specs = [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in zip(*key, strict=True)]
+        self._names, self._dtypes = table.names, table.dtypes
+        self._shapes = [tuple(tensor.shape) for tensor in table.tensors]
+        columns = zip(self._names, self._dtypes, self._shapes, strict=True)
+        specs = [TensorSpec(name, dtype, shape) for name, dtype, shape in columns]
         # Room to grow, because lengths of numbers and lists change from step to step and a new layout costs more.
         layout = plan(specs, values_bytes + values_bytes // 4 + 1024, METADATA)
         spans = {span.name: span for span in layout.spans}
-        self._key = key
         self._placement = Placement(
             layout, [spans[name].begin for name in table.names], [spec.size_bytes for spec in specs]
         )
         return self._placement
+
+    def _is_same(self, table: TensorTable) -> bool:
+        # Shapes are compared as they are made: 10,000 living tuples would set off the garbage collector each time.
+        return (
+            self._names == table.names
+            and self._dtypes == table.dtypes
+            and all(map(eq, map(attrgetter("shape"), table.tensors), self._shapes))
+        )
 
 
 def pack_values(entries: Sequence[tuple[str, Any]], table: TensorTable) -> bytes:
@@ -152,4 +164,4 @@ class TorchImage:
                 if size:
                     place = elements[begin : begin + size].view(DTYPES[table.dtypes[index]])
                     # From a CUDA tensor this waits until the elements have arrived.
-                    place.view(table.shapes[index]).copy_(table.tensors[index])
+                    place.view(table.tensors[index].shape).copy_(table.tensors[index])

@@ -50,7 +50,6 @@ class TensorTable:
     names: list[str]
     tensors: list[Tensor]
     dtypes: list[str]
-    shapes: list[tuple[int, ...]]
     pointers: list[int]
     odd: list[int]
     """Indexes of tensors that are not contiguous elements in main memory: `copy_` has to convert them."""
@@ -77,7 +76,6 @@ def tabulate(names: list[str], tensors: list[Tensor]) -> TensorTable:
     """Describe `tensors` without copying any; raises `StateError` naming one that can't be captured."""
     try:
         dtypes = [tensor.dtype for tensor in tensors]
-        shapes: list[tuple[int, ...]] = [tensor.shape for tensor in tensors]
         contiguous = list(map(Tensor.is_contiguous, tensors))
         pointers = list(map(Tensor.data_ptr, tensors))
     except RuntimeError:
@@ -100,7 +98,6 @@ def tabulate(names: list[str], tensors: list[Tensor]) -> TensorTable:
         if tensor.dtype is torch.complex128:
             tensors[index] = torch.view_as_real(tensor.detach().resolve_conj())
             dtypes[index] = torch.float64
-            shapes[index] = tensors[index].shape
     if aliases:
         kept = [name not in aliases for name in names]
         odd = list(_where(compress((index in set(odd) for index in range(len(kept))), kept)))
@@ -109,8 +106,8 @@ def tabulate(names: list[str], tensors: list[Tensor]) -> TensorTable:
             list(compress(tensors, kept)),
             list(compress(dtypes, kept)),
         )
-        shapes, pointers = list(compress(shapes, kept)), list(compress(pointers, kept))
-    table = TensorTable(names, tensors, [DTYPE_NAMES[dtype] for dtype in dtypes], shapes, pointers, odd, aliases, views)
+        pointers = list(compress(pointers, kept))
+    table = TensorTable(names, tensors, [DTYPE_NAMES[dtype] for dtype in dtypes], pointers, odd, aliases, views)
     if 0 in pointers:
         _refuse_freed(table)
     return table
@@ -150,9 +147,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _find_odd(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], contiguous: Sequence[bool]) -> list[int]:
-    odd = set(_where(map(not_, contiguous)))
-    odd.update(_where(not tensor.is_cpu for tensor in tensors))
-    odd.update(_where(map(Tensor.is_neg, tensors)))
+    odd: set[int] = set()
+    if not all(contiguous):
+        odd.update(_where(map(not_, contiguous)))
+    on_cpu = [tensor.is_cpu for tensor in tensors]
+    if not all(on_cpu):
+        odd.update(_where(map(not_, on_cpu)))
+    if any(map(Tensor.is_neg, tensors)):
+        odd.update(_where(map(Tensor.is_neg, tensors)))
     if any(dtype.is_complex for dtype in set(dtypes)):
         odd.update(_where(dtype.is_complex for dtype in dtypes))
     return sorted(odd)

@@ -88,10 +88,12 @@ class Launcher:
         return None
 
     def _finished(self) -> bool:
+        if not self._ranks:
+            return self._agent_gone or self._end_by_s is not None
         if self._end_by_s is not None and time.monotonic() > self._end_by_s:
             _complain(f"{len(self._ranks)} ranks can't be killed; the kernel holds them")
             return True
-        return not self._ranks and (self._agent_gone or self._end_by_s is not None)
+        return False
 
     def _patience_s(self) -> float | None:
         if self._end_by_s is not None:
@@ -143,6 +145,9 @@ class Launcher:
     def _spawn(self, order: Spawn) -> RankStart | None:
         """Start a rank and answer; in the forked child return what it is to become."""
         opened: list[int] = []
+        if self._end_by_s is not None:
+            self._refuse(order, AgentError(f"rank {order.rank} was not started: its launcher is ending"), opened)
+            return None
         try:
             for path in (order.stdout, order.stderr):
                 opened.append(os.open(path, _LOG_FLAGS, 0o600))

@@ -71,7 +71,7 @@ def test_a_torchrun_script_runs_through_two_generations(start, script, envs_of):
         """
     )
     environ = job_env({"OMP_NUM_THREADS": "1"}, nproc=2, cpu_count=2)
-    agent = start(["train.py"], preload=["torch", "torch.distributed"], **environ)
+    agent = start(["train.py"], preload=["torch", "torch.distributed", "torch._dynamo"], **environ)
     assert agent.expect(messages.Ready).skipped == {}
     first = envs_of(2, generation=1)
     for rank, env in enumerate(first):

@@ -153,6 +153,9 @@ def _find_odd(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], contiguo
     on_cpu = [tensor.is_cpu for tensor in tensors]
     if not all(on_cpu):
         odd.update(_where(map(not_, on_cpu)))
+    nested = [tensor.is_nested for tensor in tensors]
+    if any(nested):
+        odd.update(_where(nested))
     if any(map(Tensor.is_neg, tensors)):
         odd.update(_where(map(Tensor.is_neg, tensors)))
     if any(dtype.is_complex for dtype in set(dtypes)):

@@ -147,7 +147,9 @@ class Harvest:
             if packed is not None:
                 return ("array", kind.__name__, *packed)
         items = tuple(
-            item if type(item) in _LEAVES else self.encode(item, f"{path}.{index}", holds, depth + 1)
+            item
+            if type(item) in _LEAVES
+            else self.encode(item, path if holds is Holds.VALUES else f"{path}.{index}", holds, depth + 1)
             for index, item in enumerate(value)
         )
         return (kind.__name__, items, value.maxlen) if kind is deque else (kind.__name__, items)

@@ -1,0 +1,37 @@
+# Everything a newcomer needs: `make demo` and `make test`. Each target makes .venv by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test lint format chaos clean venv
+
+venv: $(STAMP)
+
+# constraints.txt pins every package: without it pip's resolver can search for minutes.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ckptd needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,dev]'
+	touch $(STAMP)
+
+demo: venv
+	$(BIN)/python examples/demo.py
+
+test: venv lint
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not chaos and not cuda'
+
+lint: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Real kills at random moments, longer than `make test` should take.
+chaos: venv
+	$(BIN)/python -m pytest -m chaos tests/chaos
+
+format: venv
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

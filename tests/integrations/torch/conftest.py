@@ -1,0 +1,83 @@
+"""Helpers for the tests of the torch integration."""
+
+import struct
+from collections import OrderedDict
+
+import numpy
+import pytest
+import torch
+from ckptd_integrations.torch.framework import TorchFramework
+
+from ckptd.storage.digest import digest
+from ckptd.storage.image import parse
+
+
+class Harness:
+    """Binds, captures into plain memory, restores and compares bit for bit."""
+
+    def bind(self, rng=False, **state):
+        return TorchFramework().bind(state, rng=rng)
+
+    def image(self, binding):
+        """Capture into a slot that held other bytes before."""
+        prepared = binding.prepare()
+        slot = memoryview(bytearray(b"\xa5" * prepared.image_bytes))
+        prepared.write(slot)
+        return slot
+
+    def capture(self, rng=False, **state):
+        return self.image(self.bind(rng=rng, **state))
+
+    def digests(self, image):
+        return {span.name: digest(image[span.begin : span.end]) for span in parse(image).spans}
+
+    def restore(self, image, rng=False, **state):
+        binding = self.bind(rng=rng, **state)
+        binding.restore(image, self.digests(image))
+        return binding.state
+
+    def same(self, left, right, path="state"):
+        """Fail unless both sides have the same types and the same bits."""
+        assert type(left) is type(right), f"{path}: {type(left)} and {type(right)}"
+        if isinstance(left, torch.Tensor):
+            assert (left.dtype, left.shape, left.device) == (right.dtype, right.shape, right.device), path
+            assert bits(left) == bits(right), path
+        elif isinstance(left, numpy.ndarray):
+            assert (left.dtype, left.shape, left.tobytes()) == (right.dtype, right.shape, right.tobytes()), path
+        elif isinstance(left, numpy.generic):
+            assert left.tobytes() == right.tobytes(), path
+        elif isinstance(left, float):
+            assert struct.pack("d", left) == struct.pack("d", right) or (left != left and right != right), path
+        elif isinstance(left, complex):
+            self.same((left.real, left.imag), (right.real, right.imag), path)
+        elif isinstance(left, dict):
+            self.same(list(left), list(right), f"keys of {path}")
+            for key in left:
+                self.same(left[key], right[key], f"{path}.{key}")
+            if isinstance(left, OrderedDict):
+                self.same(vars(left), vars(right), f"attributes of {path}")
+        elif isinstance(left, (set, frozenset)):
+            assert left == right, path
+        elif hasattr(left, "__iter__") and not isinstance(left, (str, bytes)):
+            left, right = list(left), list(right)
+            assert len(left) == len(right), path
+            for index, pair in enumerate(zip(left, right, strict=True)):
+                self.same(*pair, f"{path}.{index}")
+        else:
+            assert left == right, path
+
+
+def bits(tensor):
+    """Return a tensor's elements as bytes, in row-major order."""
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+@pytest.fixture(scope="session")
+def harness():
+    return Harness()
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(7)

@@ -46,11 +46,7 @@ class Journal:
         self._path = home / "journal.sqlite"
         try:
             if read_only:
-                exists = self._path.exists()
-                name = f"{self._path.as_uri()}?mode=ro" if exists else "file::memory:"
-                self._database = sqlite3.connect(name, uri=True, timeout=10, isolation_level=None)
-                if not exists:
-                    self._database.executescript(_SCHEMA)
+                self._database = _open_for_reading(self._path)
                 return
             home.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(self._path, timeout=10, isolation_level=None)
@@ -113,6 +109,19 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._database.close()
+
+
+def _open_for_reading(path: Path) -> sqlite3.Connection:
+    """Open the file without ever changing it; one that isn't there, or has no table yet, reads as empty."""
+    if path.exists():
+        database = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=10, isolation_level=None)
+        tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if {"jobs", "incidents"} <= tables:
+            return database
+        database.close()
+    empty = sqlite3.connect(":memory:", isolation_level=None)
+    empty.executescript(_SCHEMA)
+    return empty
 
 
 def entry_now(job: str, config: dict[str, Any], status: dict[str, Any], agent_pid: int, agent_socket: str) -> JobEntry:

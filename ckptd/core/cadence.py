@@ -47,6 +47,10 @@ class Cadence:
         """Note that a capture was announced or skipped: the next one is due an interval later."""
         self.due_at_s = now_s + self.every_s
 
+    def met(self) -> None:
+        """Note that every rank captured the announced step: a lead that bad luck has made long becomes shorter."""
+        self.misses = max(0, self.misses - 1)
+
     def missed(self, now_s: float) -> None:
         """Note that a rank was past the announced step: try again at once, further ahead."""
         self.misses += 1

@@ -134,6 +134,11 @@ class JobMachine:
         return [e.ReadStore()]
 
     def _plan(self, now: Now) -> list[Effect]:
+        if self.state is not JobState.PREPARING:
+            return []  # stopped meanwhile
+        if self.offers.at_most_step is not None:
+            # Before anything older is fetched: beside something newer it would count as superseded.
+            self.keeper.book.refuse_newer_than(self.offers.at_most_step)
         try:
             plan = self.offers.plan(self.keeper.book.newest)
         except DamagedError as error:
@@ -169,8 +174,6 @@ class JobMachine:
         self._move(JobEvent.CLAIMED)
         offer = self._offer
         self.offers.began_with(offer)
-        if offer is not None:
-            self.keeper.book.refuse_newer_than(offer.id)
         self._last_generation = event.generation
         self.generation = Generation(event.generation, self.spec.world_size, offer, now.s)
         self.keeper.begin(event.generation, self.generation.parent, now.s)
@@ -188,6 +191,8 @@ class JobMachine:
     def _joined(self, event: e.RankJoined, now: Now) -> list[Effect]:
         generation = self.generation
         if generation is None or self.state not in _LIVE or event.rank in generation.joined:
+            if self.spec.supervised:
+                return []  # it was sent before the kill that is on its way to it
             # A rank of the next incarnation may be here before the last exit of this one was seen.
             self._waiting[event.rank] = event.pid
             return self.begin() if self.state is JobState.PENDING else []
@@ -236,7 +241,8 @@ class JobMachine:
         for rank, step in event.steps.items():
             if rank in generation.joined:
                 generation.steps[rank] = max(step, generation.steps[rank])
-        may_capture = generation.training and self.state in (JobState.RUNNING, JobState.STOPPING)
+        wanted = self.state is JobState.RUNNING or (self.state is JobState.STOPPING and self.keeper.wished)
+        may_capture = generation.training and wanted
         return self.keeper.observe(generation.steps, now.s, may_capture=may_capture)
 
     def _sealed(self, event: e.RankSealed, now: Now) -> list[Effect]:
@@ -244,7 +250,7 @@ class JobMachine:
         if generation is None or event.rank not in generation.joined:
             return []
         generation.steps[event.rank] = max(event.step, generation.steps[event.rank])
-        return self.keeper.sealed(event, now.s)
+        return self.keeper.sealed(event, now.s, training=self.state in (*_LIVE, JobState.STOPPING))
 
     def _left(self, now: Now) -> list[Effect]:
         """Dismiss the ranks once all have left and nothing waits for its commit."""
@@ -260,9 +266,11 @@ class JobMachine:
         if isinstance(event, e.FlushFailed):
             effects = self.keeper.on_flush_failed(event, now.s)
         else:
-            effects = self.keeper.on_committed(event, now.s)
-            self.offers.committed(Source(event.id, event.tier), self.keeper.committed)
-            effects += self.recovery.committed(event.id, self.generation)
+            usable = self.offers.may_offer(self.keeper.book.snapshots[event.id])
+            effects = self.keeper.on_committed(event, now.s, usable=usable)
+            if usable:
+                self.offers.committed(Source(event.id, event.tier), self.keeper.committed)
+            effects += self.recovery.committed(event.id)
         if self.state is JobState.DRAINING:
             return effects + self._drain(now)
         if self.state is JobState.STOPPING:
@@ -272,6 +280,8 @@ class JobMachine:
     # --- failure ----------------------------------------------------------------------------------------------
 
     def _exited(self, event: e.RankExited, now: Now) -> list[Effect]:
+        if self._waiting.get(event.rank) == event.pid:
+            del self._waiting[event.rank]
         generation = self.generation
         if generation is None or generation.pids.get(event.rank) != event.pid:
             return []
@@ -283,9 +293,15 @@ class JobMachine:
             self.recovery.consequence(event.evidence)
         elif event.evidence is not None and self.state is JobState.STOPPING and self._wake_at_s is not None:
             effects += self._terminate(now)  # the others would wait for the dead one
-        if generation.all_in(generation.gone):
+        if self._nobody_left(generation):
             effects += self._all_gone(now)
         return effects
+
+    def _nobody_left(self, generation: Generation) -> bool:
+        """Whether every rank is gone; of an attached job that has failed, every rank that ever came."""
+        if self.spec.supervised or self.state in _LIVE:
+            return generation.all_in(generation.gone)
+        return generation.joined <= generation.gone
 
     def _launcher_exited(self, event: e.LauncherExited, now: Now) -> list[Effect]:
         if self.generation is None or self.state not in (*_LIVE, JobState.FENCED, JobState.STOPPING):
@@ -300,9 +316,7 @@ class JobMachine:
         self._move(JobEvent.FAIL)
         effects = self.recovery.failed(generation, evidence, last_lines, now.s, now.wall)
         effects += self.keeper.abandon("a rank died", now.s)
-        if self.spec.supervised and not generation.all_in(generation.gone):
-            effects.append(e.Kill(signal.SIGKILL))
-        return effects
+        return effects if generation.all_in(generation.gone) else effects + self._kill()
 
     def _all_gone(self, now: Now) -> list[Effect]:
         match self.state:
@@ -319,7 +333,8 @@ class JobMachine:
     def _decide(self, now: Now) -> list[Effect]:
         decision, effects = self.recovery.decide(now.s)
         if not decision.restart:
-            return effects + self._give_up(JobFailedError(decision.verdict or "the job has failed"), now)
+            error = self.recovery.refusal or JobFailedError(decision.verdict or "the job has failed")
+            return effects + self._give_up(error, now)
         if not self.spec.supervised:
             self._move(JobEvent.AWAIT)
             return effects + (self.begin() if self._waiting else [])
@@ -339,8 +354,8 @@ class JobMachine:
         return [Log("restore failed", fields, level="error")]
 
     def _restart_wanted(self, event: e.RestartWanted, now: Now) -> list[Effect]:
-        if self.state not in _LIVE or self.generation is None:
-            return []
+        if self.state not in _LIVE or self.generation is None or not self.generation.pids:
+            return []  # it is starting anyway
         self.offers.at_most_step = event.step
         evidence = Evidence("operator", "requested", None, 1.0, "a restart was asked for", now.s)
         return self._fail(evidence, (), now)
@@ -348,11 +363,19 @@ class JobMachine:
     # --- ending -----------------------------------------------------------------------------------------------
 
     def _setup_failed(self, error: CkptdError, now: Now) -> list[Effect]:
+        """End the job at once: a rank that never came to be will not be seen to go."""
+        if self.state not in (JobState.PREPARING, *_LIVE, JobState.FENCED, JobState.STOPPING):
+            return []
+        effects: list[Effect] = [] if self.state is JobState.PREPARING else self._kill()
+        if self.state is JobState.STOPPING:
+            self._move(JobEvent.GONE)
+            return effects + self._drain(now)
         if self.state in _LIVE:
-            self._outcome = (JobEvent.GIVE_UP, error)
             self._move(JobEvent.STOP)
-            return [e.Kill(signal.SIGKILL)] if self.spec.supervised else []
-        return self._give_up(error, now) if self.state is JobState.PREPARING else []
+        return effects + self._give_up(error, now)
+
+    def _kill(self) -> list[Effect]:
+        return [e.Kill(signal.SIGKILL)] if self.spec.supervised else []
 
     def _give_up(self, error: CkptdError, now: Now) -> list[Effect]:
         self._outcome = (JobEvent.GIVE_UP, error)
@@ -368,9 +391,10 @@ class JobMachine:
         was, generation = self.state, self.generation
         self._outcome = (JobEvent.HALT, None)
         self._move(JobEvent.STOP)
-        if was not in _LIVE or generation is None:
+        if was not in _LIVE or generation is None or not generation.pids:
+            effects = self._kill() if was in _LIVE else []
             self._move(JobEvent.GONE)
-            return self._drain(now)
+            return effects + self._drain(now)
         if event.checkpoint and was is JobState.RUNNING and generation.training:
             self.keeper.want(now.s)
             self._wake_at_s = now.s + event.grace_s
@@ -378,8 +402,8 @@ class JobMachine:
         return self._terminate(now)
 
     def _stop_when_durable(self, now: Now) -> list[Effect]:
-        wanted = self.keeper.cadence.due_at_s <= now.s or self.keeper.book.announced is not None
-        return [] if self._wake_at_s is None or wanted or self.keeper.pending else self._terminate(now)
+        waits = self.keeper.wished or self.keeper.announced or self.keeper.pending
+        return [] if self._wake_at_s is None or waits else self._terminate(now)
 
     def _terminate(self, now: Now) -> list[Effect]:
         self._wake_at_s = None
@@ -393,6 +417,7 @@ class JobMachine:
             return effects
         event, error = self._outcome
         if error is None and self.keeper.hopeless:
+            event = JobEvent.GIVE_UP
             error = JobFailedError("the last snapshot could not be made durable", hint="see the flush errors above")
         self._move(event)
         exception = self.recovery.exception if error is not None else None

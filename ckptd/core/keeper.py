@@ -55,13 +55,16 @@ class Keeper:
         self.last_committed: Source | None = None
         self._parents: dict[int, CheckpointId | None] = {}
         self._retry_flush_at_s = 0.0
-        self._wanted = False
+        self._wished = False
+        self._answer: CheckpointId | None = None
 
     def begin(self, generation: int, parent: CheckpointId | None, now_s: float) -> None:
         """Begin a generation; what older generations left in memory stays until something newer is complete."""
         self.generation = generation
         self._parents[generation] = parent
         self.cadence = Cadence(self.every_s, now_s)
+        if self._wished:
+            self.cadence.hurry(now_s)
 
     def found(self, sources: Iterable[Source]) -> None:
         """Take in what the tiers hold already."""
@@ -77,61 +80,80 @@ class Keeper:
     # --- capture ----------------------------------------------------------------------------------------------
 
     def want(self, now_s: float) -> None:
-        """Make a capture due now: somebody asked for one."""
-        self._wanted = True
+        """Make a capture due now: somebody asked for one. A wish that comes to nothing is tried again."""
+        self._wished = True
         self.cadence.hurry(now_s)
+
+    @property
+    def wished(self) -> bool:
+        """Whether somebody asked for a checkpoint and no step has been announced for it yet."""
+        return self._wished
+
+    @property
+    def announced(self) -> bool:
+        """Whether the ranks are on their way to a step to capture."""
+        return bool(self.book.unsealed)
 
     def observe(self, steps: Mapping[int, int], now_s: float, *, may_capture: bool) -> list[Effect]:
         """Take in the ranks' progress and announce the next capture when it is due."""
         self.cadence.observe(steps, now_s)
-        if not may_capture or self.book.announced is not None:
+        if not may_capture or self.announced:
             return []
         decision = self.cadence.decide(now_s, slots_free=self.book.can_capture())
         if decision.step is not None:
-            self._wanted = False
+            snapshot = self.book.announce(CheckpointId(self.generation, decision.step), now_s)
+            if self._wished:
+                self._wished, self._answer = False, snapshot.id
             self.cadence.captured(now_s)
-            self.book.announce(CheckpointId(self.generation, decision.step), now_s)
             return [Announce(decision.step), Log("capture announced", {"step": decision.step}, level="debug")]
-        if decision.reason == "all slots are busy" and not self._wanted:
+        if decision.reason == "all slots are busy" and not self._wished:
             self.counters.skipped += 1
             self.cadence.captured(now_s)
             return [Log("checkpoint skipped", {"reason": "every slot is still being flushed"}, level="warning")]
         return []
 
-    def sealed(self, event: RankSealed, now_s: float) -> list[Effect]:
-        """Take in a rank's seal; the last rank's makes the snapshot complete and starts its flush."""
+    def sealed(self, event: RankSealed, now_s: float, *, training: bool = True) -> list[Effect]:
+        """Take in a rank's seal; the last rank's makes the snapshot complete and starts its flush.
+
+        A final one needs no announcement, while `training`. An earlier step stays announced: the other ranks have
+        passed it, so what they say of it is on its way.
+        """
         checkpoint = CheckpointId(self.generation, event.step)
         effects: list[Effect] = []
-        if event.final and checkpoint not in self.book.snapshots:
-            effects += self._abandon("training ended before it")
+        if event.final and training and checkpoint not in self.book.snapshots:
+            beyond = [item for item in self.book.unsealed if item.id.step > event.step]
+            effects += self._abandon(beyond, "training ended before it")
             self.book.announce(checkpoint, now_s)
         snapshot = self.book.seal(checkpoint, (event.rank, event.slot), event.image_bytes, event.values, now_s=now_s)
         snapshot.capture_s = max(snapshot.capture_s, event.capture_s)
         if snapshot.state is SnapshotState.SEALED:
+            self.cadence.met()
             effects.append(Announce(None))
         return effects + self._settle(now_s)
 
     def missed(self, event: CaptureMissed, now_s: float) -> list[Effect]:
         """Give up a step that a rank could not capture."""
-        announced = self.book.announced
-        if announced is None or announced.id.step != event.step:
+        missed = [item for item in self.book.unsealed if item.id.step == event.step]
+        if not missed:
             return []
         self.counters.missed += 1
         if event.error is None:
             self.cadence.missed(now_s)
-            effects = self._abandon(f"rank {event.rank} was past it", level="debug")
+            effects = self._abandon(missed, f"rank {event.rank} was past it", level="debug")
         else:
-            effects = self._abandon(f"rank {event.rank}: {event.error}", level="error")
+            effects = self._abandon(missed, f"rank {event.rank}: {event.error}", level="error")
         return effects + self._settle(now_s)
 
     def abandon(self, reason: str, now_s: float) -> list[Effect]:
         """Void whatever is announced and not complete."""
-        return self._abandon(reason) + self._settle(now_s)
+        return self._abandon(self.book.unsealed, reason) + self._settle(now_s)
 
-    def _abandon(self, reason: str, level: str = "info") -> list[Effect]:
+    def _abandon(self, snapshots: Iterable[Snapshot], reason: str, level: str = "info") -> list[Effect]:
         effects: list[Effect] = []
-        for snapshot in self.book.abandon_unsealed():
+        for snapshot in snapshots:
+            snapshot.move(SnapshotEvent.ABANDON)
             self.counters.abandoned += 1
+            self._wished = self._wished or snapshot.id == self._answer
             effects += [
                 Announce(None),
                 Log("snapshot abandoned", {"step": snapshot.id.step, "reason": reason}, level=level),
@@ -157,8 +179,11 @@ class Keeper:
         """Retry a flush that failed, when its time has come."""
         return self._settle(now_s)
 
-    def on_committed(self, event: Committed, now_s: float) -> list[Effect]:
-        """Note that a snapshot is a checkpoint now, and prune what retention lets go."""
+    def on_committed(self, event: Committed, now_s: float, *, usable: bool = True) -> list[Effect]:
+        """Note that a snapshot is a checkpoint now, and prune what retention lets go.
+
+        Not `usable` is one that the next restore can't begin with: nothing goes because of it.
+        """
         snapshot = self.book.snapshots[event.id]
         snapshot.move(SnapshotEvent.COMMIT)
         self._retry_flush_at_s = 0.0
@@ -176,7 +201,8 @@ class Keeper:
             "durable_s": round(now_s - sealed_at_s + snapshot.capture_s, 4),
             **snapshot.values,
         }
-        return [Log("checkpoint committed", fields), *self._prune(event.tier), *self._settle(now_s)]
+        pruned = self._prune(event.tier) if usable else []
+        return [Log("checkpoint committed", fields), *pruned, *self._settle(now_s)]
 
     def _prune(self, tier: str) -> list[Effect]:
         verdicts = retention.judge(self.committed[tier], self.policy, in_use=())

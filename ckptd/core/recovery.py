@@ -8,6 +8,7 @@ from ckptd.core.generation import Generation
 from ckptd.core.incidents import OpenIncident
 from ckptd.core.policy.restart import Failure, RestartDecision, RestartPolicy, decide
 from ckptd.core.restore import Source
+from ckptd.errors import CkptdError, from_json
 from ckptd.types import CheckpointId, Evidence, RaisedException
 
 _REFUSALS = ("state", "config", "memory")
@@ -21,6 +22,8 @@ class Recovery:
         self.policy = policy
         self.restarts = 0
         self.incident: OpenIncident | None = None
+        self.refusal: CkptdError | None = None
+        """The error of ckptd's own that the last failure was, when no restart can cure it."""
         self.exception: RaisedException | None = None
         """The exception of the last failure, for the command's last words."""
         self._failures: list[Failure] = []
@@ -45,6 +48,7 @@ class Recovery:
         )
         self._next_number += 1
         self.exception = evidence.exception
+        self.refusal = _refusal(evidence.exception)
         self._on_purpose = evidence.kind == "requested"
         if not self._on_purpose:
             before = self._failures[-1].step if self._failures else generation.first_step
@@ -54,7 +58,7 @@ class Recovery:
                     step=step,
                     progressed=step > before,
                     is_exception=evidence.exception is not None,
-                    refused=_refusal(evidence.exception),
+                    refused=None if self.refusal is None else str(self.refusal),
                 )
             )
         fields = {"cause": evidence.summary, "rank": evidence.rank, "step": step}
@@ -107,9 +111,12 @@ class Recovery:
         }
         return [Log("job recovered", fields), e.Record(record)]
 
-    def committed(self, checkpoint: CheckpointId, generation: Generation | None) -> list[Effect]:
-        """Close the incident with the first commit of the new generation."""
-        if generation is None or checkpoint.generation != generation.number:
+    def committed(self, checkpoint: CheckpointId) -> list[Effect]:
+        """Close the incident with the first commit of a generation that came after it.
+
+        A flush that was under way when a rank died commits too, but for the generation that failed.
+        """
+        if self.incident is None or checkpoint.generation <= self.incident.incident.generation:
             return []
         return self.close()
 
@@ -119,9 +126,8 @@ class Recovery:
         return [] if incident is None else [e.Record(incident.snapshot(closed=True))]
 
 
-def _refusal(exception: RaisedException | None) -> str | None:
-    """Return the message of an exception that is ckptd's own refusal and that no restart can cure."""
+def _refusal(exception: RaisedException | None) -> CkptdError | None:
+    """Return the error behind an exception that is ckptd's own refusal and that no restart can cure."""
     if exception is None or exception.error is None or exception.error.get("code") not in _REFUSALS:
         return None
-    hint = exception.error.get("hint")
-    return f"{exception.error.get('message')}" + (f" (hint: {hint})" if hint else "")
+    return from_json(exception.error)

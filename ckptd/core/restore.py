@@ -91,6 +91,11 @@ class Offers:
         """Return the best source not tried yet, None when there is none."""
         return self._untried.pop(0) if self._untried else None
 
+    def may_offer(self, snapshot: Snapshot) -> bool:
+        """Whether the next generation may begin with a snapshot in memory."""
+        too_new = self.at_most_step is not None and snapshot.id.step > self.at_most_step
+        return not (snapshot.refused or snapshot.id in self.refused or too_new)
+
     def drop(self, source: Source) -> None:
         """Forget a copy that is damaged; other copies of the same checkpoint stay."""
         self.stored = [other for other in self.stored if other != source]

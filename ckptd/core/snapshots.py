@@ -146,23 +146,16 @@ class SnapshotBook:
         if checkpoint in self.snapshots:
             self.snapshots[checkpoint].refused = True
 
-    def refuse_newer_than(self, checkpoint: CheckpointId) -> None:
-        """Refuse what a step back to `checkpoint` leaves behind."""
+    def refuse_newer_than(self, step: int) -> None:
+        """Refuse what a step back to `step` leaves behind."""
         for snapshot in self.snapshots.values():
-            if snapshot.complete and snapshot.id > checkpoint:
+            if snapshot.complete and snapshot.id.step > step:
                 snapshot.refused = True
 
-    def abandon_unsealed(self) -> list[Snapshot]:
-        """Void what is announced but not complete; the slots of its early ranks come back with release()."""
-        abandoned = [item for item in self.snapshots.values() if item.state is SnapshotState.ANNOUNCED]
-        for snapshot in abandoned:
-            snapshot.move(SnapshotEvent.ABANDON)
-        return abandoned
-
     @property
-    def announced(self) -> Snapshot | None:
-        """The snapshot that ranks are on their way to, at most one."""
-        return next((item for item in self.snapshots.values() if item.state is SnapshotState.ANNOUNCED), None)
+    def unsealed(self) -> list[Snapshot]:
+        """What is announced but not complete: one that ranks are on their way to, and at the end the final one."""
+        return [item for item in self.snapshots.values() if item.state is SnapshotState.ANNOUNCED]
 
     @property
     def newest(self) -> Snapshot | None:

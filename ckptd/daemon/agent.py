@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from ckptd.protocol import messages as m
 from ckptd.types import RaisedException
 
 _STORAGE_THREADS = 4
+_ANSWER_S = 2.0
 
 
 class Agent:
@@ -69,13 +71,10 @@ class Agent:
         running = self.jobs.get(config.name)
         if running is not None and not running.ended.done():
             raise FencedError(f"job {config.name} runs already", hint="stop it first, or give this one another --name")
+        if config.supervised:
+            _check_command(config)
         tier = self.plugins.open_tier(config.store)
         tier.check_writable()
-        if config.supervised:
-            path = config.env.get("PATH", os.environ.get("PATH"))
-            if not Path(config.cwd).is_dir():
-                raise ConfigError(f"there is no folder {config.cwd} to run in")
-            plan_command(config.command, preload=bool(config.preload), python=config.python, cwd=config.cwd, path=path)
         lease = self._services.coordinator.lease(config.name, f"agent {os.getpid()}")
         processes = None
         if config.supervised:
@@ -116,6 +115,8 @@ class Agent:
             job.feed(e.StopWanted(grace_s))
         if running:
             await asyncio.wait([job.ended for job in running])
+        if self._tasks:  # somebody who asked for the end waits for the answer
+            await asyncio.wait(self._tasks, timeout=_ANSWER_S)
         self.server.close()
         for task in self._tasks:
             task.cancel()
@@ -186,3 +187,13 @@ class Agent:
         task = asyncio.get_running_loop().create_task(answer())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _check_command(config: JobConfig) -> None:
+    """Refuse what can't be started before anything is touched."""
+    if not Path(config.cwd).is_dir():
+        raise ConfigError(f"there is no folder {config.cwd} to run in")
+    path = config.env.get("PATH", os.environ.get("PATH"))
+    if shutil.which(config.python, path=path) is None:
+        raise ConfigError(f"can't start {config.python}: no such program", hint="--python names the ranks' interpreter")
+    plan_command(config.command, preload=bool(config.preload), python=config.python, cwd=config.cwd, path=path)

@@ -15,6 +15,7 @@ from ckptd.protocol.messages import Hello, Message, Refused, Welcome, check_vers
 Kind = TypeVar("Kind", bound=Message)
 _READ_BYTES = 256 * 1024
 _MAX_DESCRIPTORS = 66
+_INT_BYTES = 4
 
 
 class Channel:
@@ -30,15 +31,19 @@ class Channel:
         self._descriptors: list[int] = []
 
     def send(self, message: Message, deadline_s: float) -> None:
-        """Send one message within `deadline_s`; raises `AgentError` when the peer is gone or stuck."""
+        """Send one message within `deadline_s`; raises `AgentError` when the peer is gone or stuck, and closes."""
+        self._check_open()
+        data = encode(to_frame(message))
         try:
             self.stream.settimeout(deadline_s)
-            self.stream.sendall(encode(to_frame(message)))
+            self.stream.sendall(data)
         except OSError as error:
+            self.close()  # half a message may be out, and the next would be read as its rest
             raise _gone("did not take a message", error) from error
 
     def receive(self, deadline_s: float) -> Message:
         """Return the next message within `deadline_s`; raises `AgentError` when there is none."""
+        self._check_open()
         end_s = time.monotonic() + deadline_s
         while not self._ready:
             left_s = end_s - time.monotonic()
@@ -46,7 +51,7 @@ class Channel:
                 raise AgentError(f"the agent did not answer within {deadline_s:g} s")
             try:
                 self.stream.settimeout(left_s)
-                data, descriptors, _, _ = socket.recv_fds(self.stream, _READ_BYTES, _MAX_DESCRIPTORS)
+                data, descriptors = _receive(self.stream)
             except TimeoutError:
                 continue
             except OSError as error:
@@ -60,7 +65,11 @@ class Channel:
     def call(self, message: Message, deadline_s: float) -> Message:
         """Send a request and return its answer; a `Refused` answer is raised as the error that it carries."""
         self.send(message, deadline_s)
-        answer = self.receive(deadline_s)
+        try:
+            answer = self.receive(deadline_s)
+        except AgentError:
+            self.close()  # an answer that comes late would be taken for that of the next call
+            raise
         if isinstance(answer, Refused):
             raise from_json(answer.error)
         return answer
@@ -71,6 +80,10 @@ class Channel:
             raise ProtocolError(f"{count} descriptors were announced, {len(self._descriptors)} arrived")
         taken, self._descriptors = self._descriptors[:count], self._descriptors[count:]
         return taken
+
+    def _check_open(self) -> None:
+        if self.stream.fileno() < 0:
+            raise AgentError("the connection to the agent is closed")
 
     def close(self) -> None:
         """Close the connection and every descriptor that nobody took."""
@@ -97,6 +110,20 @@ def expect(answer: Message, kind: type[Kind]) -> Kind:
     if not isinstance(answer, kind):
         raise ProtocolError(f"the agent answered with {type(answer).__name__} where {kind.__name__} was due")
     return answer
+
+
+def _receive(stream: socket.socket) -> tuple[bytes, list[int]]:
+    """Receive bytes and descriptors, which no program that the script starts shall inherit.
+
+    `socket.recv_fds` can't do that: it ignores its flags.
+    """
+    room = socket.CMSG_SPACE(_MAX_DESCRIPTORS * _INT_BYTES)
+    data, extras, _, _ = stream.recvmsg(_READ_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+    descriptors: list[int] = []
+    for level, kind, packed in extras:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors += memoryview(packed[: len(packed) // _INT_BYTES * _INT_BYTES]).cast("i")
+    return data, descriptors
 
 
 def _gone(what: str, error: OSError) -> AgentError:

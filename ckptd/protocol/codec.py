@@ -23,7 +23,7 @@ def encode(frame: Frame) -> bytes:
     """Return the bytes of one frame; raises `ProtocolError` when it is larger than a peer would accept."""
     try:
         body = json.dumps(frame, separators=(",", ":"), allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"a message can't be written as JSON: {error}") from error
     if len(body) > MAX_FRAME_BYTES:
         raise ProtocolError(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
@@ -61,9 +61,19 @@ class Decoder:
         return len(self._buffer)
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if number - number != 0:  # NaN and infinity are no JSON, and comparisons with them go wrong
+        raise ValueError(text)
+    return number
+
+
+_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+
+
 def _parse(body: bytes) -> Frame:
     try:
-        frame = json.loads(body)
+        frame = _JSON.decode(body.decode())
     except (ValueError, RecursionError) as error:
         raise ProtocolError("a peer sent a message that is not JSON") from error
     if not isinstance(frame, dict):

@@ -284,9 +284,13 @@ def parse(frame: dict[str, Any]) -> Message:
     if kind is None:
         raise ProtocolError(f"a peer sent a message of unknown type {name!r}")
     spec = _spec(kind.__name__.lower())
+    # A greeting of another version is read as far as we know it, so that the answer can say which side is older.
+    foreign = kind in {Hello, Welcome} and frame.get("version", PROTOCOL_VERSION) != PROTOCOL_VERSION
     values: dict[str, Any] = {}
     for key, value in frame.items():
         if key == "type":
+            continue
+        if key not in spec and foreign:
             continue
         if key not in spec:
             raise ProtocolError(f"message {name!r} has no field {key!r}")

@@ -59,7 +59,7 @@ def _read_parent(tier: Tier, key: str) -> CheckpointId | None:
         document = json.loads(tier.get(key))
         parent = document["parent"]
         return None if parent is None else CheckpointId(int(parent["generation"]), int(parent["step"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DamagedError(
             f"the generation record {tier.url}/{key} can't be read",
             hint="it says which checkpoint that generation began with; restore the file or move the generation away",
@@ -101,12 +101,13 @@ def fetch_shard(tier: Tier, job: str, loaded: Manifest, rank: int, into: memoryv
 
 def compare(shard: Shard, found_digest: str, found: Mapping[str, str]) -> Iterator[str]:
     """Yield what differs between a shard's manifest entry and the digests found."""
+    same = True
     for name, wanted in shard.tensor_digests.items():
-        if name not in found:
-            yield f"tensor {name!r} is missing"
-        elif found[name] != wanted:
-            yield f"tensor {name!r} is not what was committed (its digest differs)"
-    if found_digest != shard.digest and dict(found) == dict(shard.tensor_digests):
+        if found.get(name) == wanted:
+            continue
+        same = False
+        yield f"tensor {name!r} is " + ("not what was committed (its digest differs)" if name in found else "missing")
+    if same and found_digest != shard.digest:
         yield "its header is not what was committed (its digest differs)"
 
 

@@ -19,8 +19,9 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
-from ckptd.errors import DamagedError
+from ckptd.errors import DamagedError, invariant
 from ckptd.types import TensorSpan
 
 BLOCK_BYTES = 4096
@@ -91,6 +92,7 @@ def plan(tensors: Sequence[TensorSpec], values_bytes: int, metadata: Mapping[str
             "shape": list(spec.shape),
             "data_offsets": [begin, begin + spec.size_bytes],
         }
+    invariant(len(entries) == len(places) + 1, "every tensor of an image has a name of its own")
     body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     data_begin = round_up(_LENGTH.size + len(body))
     header = _LENGTH.pack(data_begin - _LENGTH.size) + body.ljust(data_begin - _LENGTH.size)
@@ -126,17 +128,7 @@ def parse_header(header: bytes, file_bytes: int) -> Layout:
         entries = json.loads(header[_LENGTH.size :])
         metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
         spans = sorted(
-            (
-                TensorSpan(
-                    str(name),
-                    str(entry["dtype"]),
-                    tuple(int(size) for size in entry["shape"]),
-                    data_begin + int(entry["data_offsets"][0]),
-                    data_begin + int(entry["data_offsets"][1]),
-                )
-                for name, entry in entries.items()
-            ),
-            key=lambda span: (span.begin, span.end),
+            (_span(name, entry, data_begin) for name, entry in entries.items()), key=lambda span: (span.begin, span.end)
         )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise DamagedError("a shard's header can't be read") from error
@@ -144,12 +136,21 @@ def parse_header(header: bytes, file_bytes: int) -> Layout:
     return Layout(header, tuple(spans), metadata, spans[-1].end)
 
 
+def _span(name: str, entry: Mapping[str, Any], data_begin: int) -> TensorSpan:
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    if not isinstance(shape, list) or not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError("whole numbers")
+    return TensorSpan(name, str(entry["dtype"]), tuple(shape), data_begin + begin, data_begin + end)
+
+
 def _check(spans: Sequence[TensorSpan], data_begin: int, available_bytes: int) -> None:
-    if not spans or spans[-1].name != VALUES_NAME:
+    if not spans or spans[-1].name != VALUES_NAME or spans[-1].end - spans[-1].begin < _LENGTH.size:
         raise DamagedError("a shard's header names no values: it was not written by ckptd, or not completely")
     at = data_begin
     for span in spans:
-        size = ITEM_BYTES.get(span.dtype, 0) * prod(span.shape)
+        if span.dtype not in ITEM_BYTES:
+            raise DamagedError(f"tensor {span.name!r} is of the unknown dtype {span.dtype!r}")
+        size = ITEM_BYTES[span.dtype] * prod(span.shape)
         if span.begin != at or span.end - span.begin != size:
             raise DamagedError(f"tensor {span.name!r} does not lie where a shard's header says")
         at = span.end

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from ckptd.storage.tier import Buffer, Capabilities, Entry
 IO_BYTES = 4 * 2**20
 _DIRECT_MIN_BYTES = 2**20
 _TEMPORARY = ".tmp-"
+_FOLDER_ATTEMPTS = 10
 
 
 class LocalTier:
@@ -41,20 +41,18 @@ class LocalTier:
     def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
         """Write a file, whole and durable, under its final name."""
         path = self.root / key
-        temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{threading.get_native_id()}-{path.name}")
+        # The name is random, since process numbers repeat on a filesystem that several nodes or containers share.
+        temporary = path.with_name(f"{_TEMPORARY}{os.urandom(8).hex()}-{path.name}")
         try:
-            _make_folders(path.parent)
             try:
-                _write(temporary, memoryview(data).cast("B"))
+                _write_new(temporary, memoryview(data).cast("B"))
                 if create_only:
-                    os.link(temporary, path)
+                    _link_new(temporary, path)
                 else:
                     temporary.rename(path)
             finally:
                 temporary.unlink(missing_ok=True)
             _sync_folder(path.parent)
-        except FileExistsError as error:
-            raise FencedError(f"{path} exists already") from error
         except OSError as error:
             raise _failed("write", path, error) from error
 
@@ -126,13 +124,35 @@ class LocalTier:
 
     def check_writable(self) -> None:
         """Create the root and a file in it, then remove the file."""
-        probe = self.root / f"{_TEMPORARY}{os.getpid()}-probe"
+        probe = self.root / f"{_TEMPORARY}{os.urandom(8).hex()}-probe"
         try:
             _make_folders(self.root)
-            probe.write_bytes(b"ckptd")
-            probe.unlink()
+            try:
+                probe.write_bytes(b"ckptd")
+            finally:
+                probe.unlink(missing_ok=True)
         except OSError as error:
             raise _failed("write to", self.root, error) from error
+
+
+def _write_new(path: Path, data: memoryview) -> None:
+    """Write a file in a folder that need not exist, and that a prune may remove while it is still empty."""
+    for left in reversed(range(_FOLDER_ATTEMPTS)):
+        try:
+            _make_folders(path.parent)
+            _write(path, data)
+        except FileNotFoundError:
+            if not left:
+                raise
+        else:
+            return
+
+
+def _link_new(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError as error:
+        raise FencedError(f"{path} exists already") from error
 
 
 def _write(path: Path, data: memoryview) -> None:
@@ -220,6 +240,8 @@ _HINTS = {
     errno.EACCES: "check the owner and mode of the folder, or use another --store",
     errno.EPERM: "check the owner and mode of the folder, or use another --store",
     errno.EROFS: "the filesystem is mounted read-only: use another --store",
+    errno.EEXIST: "a file stands where a folder is needed: use another --store",
+    errno.EFBIG: "files may not be that large here: raise `ulimit -f`, or use another --store",
     errno.ENOTDIR: "a file stands where a folder is needed: use another --store",
     errno.EIO: "the disk reports errors: look into the kernel's log",
 }

@@ -51,6 +51,7 @@ class Manifest:
     world_size: int
     created_at: float
     shards: tuple[Shard, ...]
+    """By rank."""
     values: Mapping[str, float]
     document: Mapping[str, Any]
 
@@ -156,8 +157,10 @@ def parse(data: bytes, where: str) -> Manifest:
         if document["complete"] is not True:
             raise DamagedError(f"the manifest {where} does not say that it is complete")
         return _read(document)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except KeyError as error:
         raise DamagedError(f"the manifest {where} lacks {error}") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DamagedError(f"the manifest {where} can't be used: {error}") from error
 
 
 def _read(document: Mapping[str, Any]) -> Manifest:
@@ -173,11 +176,11 @@ def _read(document: Mapping[str, Any]) -> Manifest:
             str(shard["digest"]),
             digests[int(shard["rank"])],
         )
-        for shard in document["shards"]
+        for shard in sorted(document["shards"], key=lambda shard: int(shard["rank"]))
     )
     world_size = int(document["world_size"])
-    if sorted(shard.rank for shard in shards) != list(range(world_size)):
-        raise ValueError("the shards of all ranks")
+    if world_size != len(shards) or any(shard.rank != at for at, shard in enumerate(shards)):
+        raise ValueError("it does not list the shards of all ranks")
     parent = document["parent"]
     return Manifest(
         job=str(document["job"]),

@@ -21,9 +21,11 @@ class MemoryTier:
 
     def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
         """Keep a copy of `data`."""
-        if create_only and key in self.objects:
+        kept = (bytes(data), time.time())
+        if not create_only:
+            self.objects[key] = kept
+        elif self.objects.setdefault(key, kept) is not kept:  # one step, so that one of many threads wins
             raise FencedError(f"{key} exists already")
-        self.objects[key] = (bytes(data), time.time())
 
     def get(self, key: str) -> bytes:
         """Return the object's bytes."""

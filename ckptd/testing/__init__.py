@@ -1,1 +1,17 @@
-"""For plugin authors: conformance suites and fakes."""
+"""For plugin authors: conformance suites that say whether a tier or a detector keeps its contract.
+
+Subclass a suite in a test module, give it the object under test as a pytest fixture, and pytest runs the contract:
+
+    class TestMyTier(TierSuite):
+        @pytest.fixture
+        def tier(self, tmp_path):
+            return MyTier(tmp_path)
+
+Nothing here imports pytest, so the suites load wherever ckptd does.
+"""
+
+from ckptd.testing.detector import DetectorSuite
+from ckptd.testing.racing import race
+from ckptd.testing.tier import TierSuite
+
+__all__ = ["DetectorSuite", "TierSuite", "race"]

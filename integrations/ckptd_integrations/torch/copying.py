@@ -38,9 +38,7 @@ def copy_bytes(destinations: Sequence[int], sources: Sequence[int], sizes: Seque
         _drain(map(ctypes.memmove, destinations, sources, sizes))
         return
     jobs = iter(_cut(compress(destinations, large), compress(sources, large), compress(sizes, large)))
-    helpers = [threading.Thread(target=_work, args=(jobs,), name="ckptd-copy") for _ in range(threads - 1)]
-    for helper in helpers:
-        helper.start()
+    helpers = _start(threads - 1, jobs)
     try:
         small = [not is_large for is_large in large]
         _drain(map(ctypes.memmove, compress(destinations, small), compress(sources, small), compress(sizes, small)))
@@ -68,6 +66,18 @@ def _cut(destinations: Iterable[int], sources: Iterable[int], sizes: Iterable[in
         edges = [size * piece // pieces for piece in range(pieces + 1)]
         jobs += [(destination + begin, source + begin, end - begin) for begin, end in pairwise(edges)]
     return jobs
+
+
+def _start(count: int, jobs: Iterable[tuple[int, int, int]]) -> list[threading.Thread]:
+    helpers = []
+    for _ in range(count):
+        helper = threading.Thread(target=_work, args=(jobs,), name="ckptd-copy")
+        try:
+            helper.start()
+        except RuntimeError:
+            break  # No more threads may be started here; those that run, and this one, do all the work.
+        helpers.append(helper)
+    return helpers
 
 
 def _work(jobs: Iterable[tuple[int, int, int]]) -> None:

@@ -72,7 +72,8 @@ class TorchBinding:
         self._check_names(nodes)
         fills = {name: fitter.fit_root(nodes[name], value, name) for name, value in self.state.items()}
         make_rng = None if rng_node is None or not self._rng else fitter.build(rng_node, RNG_NAME)
-        with torch.no_grad(), tensors.opened(image):
+        # What is made here is trained on, in whatever mode the script is now.
+        with torch.inference_mode(mode=False), torch.no_grad(), tensors.opened(image):
             tensors.run_copies()
             for name, fill in fills.items():
                 self.state[name] = fill()

@@ -131,7 +131,9 @@ def _pairs(flat: list[Any]) -> list[tuple[Any, Node]]:
 
 
 def _flat(_: str, kind: str, prefix: str, keys: str) -> Node:
-    return MappingNode(kind, [(key, TensorNode(f"{prefix}.{key}", is_array=False)) for key in keys.split("\n")])
+    return MappingNode(
+        MAPPINGS[kind].__name__, [(key, TensorNode(f"{prefix}.{key}", is_array=False)) for key in keys.split("\n")]
+    )
 
 
 def _attributed(_: str, node: Any, attributes: Any) -> Node:
@@ -164,8 +166,8 @@ def _object(_: str, kind: str, class_name: str, content: Any, shapes: Any) -> No
 
 
 _DECODERS: Mapping[str, Callable[..., Node]] = {
-    "tensor": lambda _, name: TensorNode(name, is_array=False),
-    "ndarray": lambda _, name: TensorNode(name, is_array=True),
+    "tensor": lambda _, name: TensorNode(str(name), is_array=False),
+    "ndarray": lambda _, name: TensorNode(str(name), is_array=True),
     "flat": _flat,
     **dict.fromkeys(("dict", "OrderedDict", "Counter"), lambda kind, flat: MappingNode(kind, _pairs(flat))),
     "defaultdict": lambda kind, factory, flat: MappingNode(

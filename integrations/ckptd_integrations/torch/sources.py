@@ -138,7 +138,8 @@ class ImageTensors:
 
     def _source(self, span: TensorSpan, view: View) -> Tensor:
         source = self._bytes()[span.begin : span.end].view(DTYPES[span.dtype]).view(span.shape)
-        return source if view.dtype is None else torch.view_as_complex(source)
+        # Pairs need the alignment of both halves, which an image does not give them.
+        return source if view.dtype is None else torch.view_as_complex(source.clone())
 
 
 def _dtype_and_shape(span: TensorSpan, view: View) -> tuple[torch.dtype, tuple[int, ...]]:

@@ -97,16 +97,13 @@ def tabulate(names: list[str], tensors: list[Tensor]) -> TensorTable:
             views[names[index]] = view
         if tensor.dtype is torch.complex128:
             tensors[index] = torch.view_as_real(tensor.detach().resolve_conj())
-            dtypes[index] = torch.float64
+            dtypes[index], pointers[index] = torch.float64, tensors[index].data_ptr()
     if aliases:
         kept = [name not in aliases for name in names]
-        odd = list(_where(compress((index in set(odd) for index in range(len(kept))), kept)))
-        names, tensors, dtypes = (
-            list(compress(names, kept)),
-            list(compress(tensors, kept)),
-            list(compress(dtypes, kept)),
-        )
-        pointers = list(compress(pointers, kept))
+        is_odd = set(odd)
+        odd = list(_where(compress((index in is_odd for index in range(len(kept))), kept)))
+        names, tensors = list(compress(names, kept)), list(compress(tensors, kept))
+        dtypes, pointers = list(compress(dtypes, kept)), list(compress(pointers, kept))
     table = TensorTable(names, tensors, [DTYPE_NAMES[dtype] for dtype in dtypes], pointers, odd, aliases, views)
     if 0 in pointers:
         _refuse_freed(table)
@@ -135,10 +132,10 @@ def unsupported_kind(tensor: Tensor) -> str | None:
 
 def refuse(name: str, kind: str) -> NoReturn:
     """Raise the `StateError` that names a tensor and what it is."""
-    raise StateError(
-        f"state {name!r} holds {kind}, which can't be captured",
-        hint="convert it to a plain dense tensor, or leave it out of the state",
-    )
+    hint = "convert it to a plain dense tensor, or leave it out of the state"
+    if "uninitialised" in kind:
+        hint = "run one forward pass before the model is attached"
+    raise StateError(f"state {name!r} holds {kind}, which can't be captured", hint=hint)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

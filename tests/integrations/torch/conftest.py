@@ -3,13 +3,13 @@
 import struct
 from collections import OrderedDict
 
-import numpy
+import numpy as np
 import pytest
 import torch
-from ckptd_integrations.torch.framework import TorchFramework
 
 from ckptd.storage.digest import digest
 from ckptd.storage.image import parse
+from ckptd_integrations.torch.framework import TorchFramework
 
 
 class Harness:
@@ -42,9 +42,11 @@ class Harness:
         if isinstance(left, torch.Tensor):
             assert (left.dtype, left.shape, left.device) == (right.dtype, right.shape, right.device), path
             assert bits(left) == bits(right), path
-        elif isinstance(left, numpy.ndarray):
+        elif isinstance(left, np.ndarray):
             assert (left.dtype, left.shape, left.tobytes()) == (right.dtype, right.shape, right.tobytes()), path
-        elif isinstance(left, numpy.generic):
+        elif isinstance(left, torch.nn.Module):
+            self.same(left.state_dict(), right.state_dict(), path)
+        elif isinstance(left, np.generic):
             assert left.tobytes() == right.tobytes(), path
         elif isinstance(left, float):
             assert struct.pack("d", left) == struct.pack("d", right) or (left != left and right != right), path
@@ -69,6 +71,8 @@ class Harness:
 
 def bits(tensor):
     """Return a tensor's elements as bytes, in row-major order."""
+    if tensor.is_meta:
+        return b""
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 

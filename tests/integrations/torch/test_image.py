@@ -5,16 +5,16 @@ import mmap
 import subprocess
 import sys
 
-import numpy
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from ckptd_integrations.torch import copying
-from ckptd_integrations.torch.tensors import DTYPE_NAMES
 from torch import nn
 
 from ckptd.errors import InvariantError, StateError
 from ckptd.storage.image import ITEM_BYTES, VALUES_NAME, parse
+from ckptd_integrations.torch import copying
+from ckptd_integrations.torch.tensors import DTYPE_NAMES
 
 
 def load(image):
@@ -84,6 +84,7 @@ def test_not_contiguous(harness):
         "expanded": torch.arange(3.0).expand(2, 3),
         "conjugated": x.conj(),
         "negated": x.conj().imag,
+        "negated-one": x[0, 0].conj().imag,
         "wide": torch.randn(2, dtype=torch.complex128).conj(),
         "images": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
     }
@@ -114,12 +115,12 @@ def test_names_are_unique(harness):
 
 def test_arrays_are_tensors(harness):
     """NumPy arrays are named tensors of the image, also when torch could not hold them as they are."""
-    array = numpy.arange(6, dtype=numpy.int16).reshape(2, 3)
-    frozen = numpy.arange(3.0)
+    array = np.arange(6, dtype=np.int16).reshape(2, 3)
+    frozen = np.arange(3.0)
     frozen.flags.writeable = False
     image = harness.capture(array=array, backwards=array[:, ::-1], frozen=frozen)
     harness.same(load(image)["array"], torch.from_numpy(array))
-    target = numpy.zeros((2, 3), numpy.int16)
+    target = np.zeros((2, 3), np.int16)
     made = harness.restore(image, array=target, backwards=None, frozen=None)
     assert made["array"] is target
     harness.same(made, {"array": array, "backwards": array[:, ::-1], "frozen": frozen})
@@ -183,7 +184,7 @@ def test_memory_can_be_closed(harness):
 
 
 def test_a_slot_that_does_not_fit_is_a_bug(harness):
-    """A slot that is too small or read-only stops the capture before the first byte: addresses are not checked later."""
+    """A slot that is too small or read-only stops the capture before the first byte is written."""
     prepared = harness.bind(x=torch.ones(3)).prepare()
     small = bytearray(prepared.image_bytes - 1)
     with pytest.raises(InvariantError):
@@ -215,6 +216,20 @@ def test_copies_are_complete(monkeypatch, threads):
     copying.copy_bytes([t.data_ptr() for t in targets], [s.data_ptr() for s in sources], sizes)
     for source, target in zip(sources, targets, strict=True):
         assert torch.equal(source, target)
+
+
+def test_copies_need_no_threads(monkeypatch):
+    """Where no thread can be started any more, the copy is made without."""
+
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(copying.threading.Thread, "start", refuse)
+    monkeypatch.setattr(copying, "copy_threads", lambda: 4)
+    source = torch.randint(0, 256, (copying.SHARED_BYTES,), dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    copying.copy_bytes([target.data_ptr()], [source.data_ptr()], [source.numel()])
+    assert torch.equal(source, target)
 
 
 def test_threads_are_this_ranks_share(monkeypatch):

@@ -1,16 +1,17 @@
 """Everything that is no tensor: it comes back with its types, or is refused with its name."""
 
 import copy
-import datetime
+import datetime as dt
 import enum
 import functools
 import threading
-from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from collections import Counter, OrderedDict, defaultdict, deque
 from decimal import Decimal
 from math import prod
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
-import numpy
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -56,11 +57,11 @@ leaves = st.one_of(
     st.text(st.characters(), max_size=8),
     st.binary(max_size=8),
     st.sampled_from([torch.float32, torch.device("cpu"), torch.device("cuda:3"), torch.Size([1, 2])]),
-    st.sampled_from([numpy.float64(0.5), numpy.int32(-7), numpy.bool_(True), numpy.float16("nan")]),
+    st.sampled_from([np.float64(0.5), np.int32(-7), np.bool_(True), np.float16("nan")]),
     st.lists(st.floats(), min_size=62, max_size=66),
     st.lists(st.integers(-(2**63), 2**63), min_size=62, max_size=66).map(tuple),
     tensors(),
-    tensors().map(lambda tensor: tensor.float().numpy()),
+    tensors().map(lambda tensor: (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()),
 )
 values = st.recursive(
     leaves,
@@ -108,7 +109,7 @@ def shares_tensors(left, right):
     def holds(value):
         if isinstance(value, (dict, list, tuple, deque)):
             return any(map(holds, value.values() if isinstance(value, dict) else value))
-        return isinstance(value, (torch.Tensor, numpy.ndarray))
+        return isinstance(value, (torch.Tensor, np.ndarray))
 
     return holds(left) and holds(right)
 
@@ -156,8 +157,11 @@ def test_values_are_read_from_state(harness):
     assert harness.restore(later, epoch=0, name="", shape=(), best=None)["best"] == {"loss": 0.5}
 
 
-class Point(namedtuple("Point", "x y")):
+class Point(NamedTuple):
     """A subclass of tuple."""
+
+    x: int
+    y: int
 
 
 class Level(enum.IntEnum):
@@ -191,10 +195,10 @@ class HalfStateful:
         (Point(1, 2), "Point"),
         (Level.HIGH, "Level"),
         (OwnDict(), "OwnDict"),
-        (numpy.str_("x"), "numpy.str_"),
+        (np.str_("x"), "numpy.str_"),
         (torch.__version__, "TorchVersion"),
         (Decimal(1), "decimal.Decimal"),
-        (datetime.datetime(2026, 1, 1), "datetime.datetime"),
+        (dt.datetime(2026, 1, 1, tzinfo=dt.UTC), "datetime.datetime"),
         (PurePosixPath("/"), "PurePosixPath"),
         (len, "builtin_function_or_method"),
         (nn.Linear, "type"),
@@ -203,10 +207,10 @@ class HalfStateful:
         (bytearray(b"x"), "bytearray"),
         (range(3), "range"),
         (HalfStateful(), "HalfStateful"),
-        (numpy.array(["x"]), "NumPy array of dtype <U1"),
-        (numpy.array([None]), "NumPy array of dtype object"),
-        (numpy.zeros(2, ">f4"), "NumPy array of dtype >f4"),
-        (numpy.ma.zeros(2), "MaskedArray"),
+        (np.array(["x"]), "NumPy array of dtype <U1"),
+        (np.array([None]), "NumPy array of dtype object"),
+        (np.zeros(2, ">f4"), "NumPy array of dtype >f4"),
+        (np.ma.zeros(2), "MaskedArray"),
         (defaultdict(lambda: 0), "defaultdict"),
         ({torch.ones(1)}, "tensor in a set"),
         ({torch.ones(1): 1}, "tensor in a set or as a key"),

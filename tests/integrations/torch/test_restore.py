@@ -1,0 +1,283 @@
+"""A restore fills what is bound, or says what does not fit and changes nothing."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ckptd.errors import DamagedError, StateError
+from ckptd.storage.image import VALUES_NAME, parse
+
+
+def make(width=3, dtype=torch.float32, optimizer=torch.optim.Adam):
+    """Return objects that have trained a step, and values beside them."""
+    model = nn.Sequential(nn.Linear(2, width), nn.Linear(width, 2)).to(dtype)
+    state = {"model": model, "optimizer": optimizer(model.parameters(), lr=0.1), "log": [1.5], "nest": {"x": [1]}}
+    model(torch.ones(2, dtype=dtype)).sum().backward()
+    state["optimizer"].step()
+    return state | {"scheduler": torch.optim.lr_scheduler.StepLR(state["optimizer"], 2), "table": torch.ones(4)}
+
+
+def contents(state):
+    return {
+        name: copy.deepcopy(value.state_dict() if hasattr(value, "state_dict") else value)
+        for name, value in state.items()
+    }
+
+
+def refuses(harness, image, state, kind=StateError):
+    """Restore, expect a refusal, and check that nothing was changed by it."""
+    before = contents(state)
+    generator = torch.get_rng_state()
+    binding = harness.bind(rng=True, **state)
+    with pytest.raises(kind) as refused:
+        binding.restore(image, harness.digests(image) if kind is StateError else None)
+    harness.same(contents(state), before)
+    assert binding.state == state
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert refused.value.hint
+    return refused.value.message
+
+
+def test_shapes(harness):
+    """A tensor of another shape is named with both shapes."""
+    message = refuses(harness, harness.capture(rng=True, **make(3)), make(5))
+    assert message == "tensor 'model.0.weight' is [3, 2] in the checkpoint and [5, 2] in the model"
+
+
+def test_dtypes(harness):
+    """A tensor of another dtype is named with both, because a conversion would lose bits."""
+    message = refuses(harness, harness.capture(rng=True, **make()), make(dtype=torch.float64))
+    assert message == "tensor 'model.0.weight' is float32 in the checkpoint and float64 in the model"
+
+
+@pytest.mark.parametrize(("captured", "bound"), [(True, False), (False, True)])
+def test_tensors_of_a_model(harness, captured, bound):
+    """A parameter that only one side has is named, with the side that has it."""
+    message = refuses(
+        harness,
+        harness.capture(a=1, model=nn.Linear(2, 2, bias=captured)),
+        {"a": 2, "model": nn.Linear(2, 2, bias=bound)},
+    )
+    sides = ("checkpoint", "model") if captured else ("model", "checkpoint")
+    assert message == f"tensor 'model.bias' is in the {sides[0]} and not in the {sides[1]}"
+
+
+def test_wrapped_models(harness):
+    """A model that was captured wrapped and is bound bare is refused with a hint that says so."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    image = harness.capture(model=Wrapper(nn.Linear(2, 2)))
+    with pytest.raises(StateError, match=r"module\.weight.*1 more.*wrapped"):
+        harness.restore(image, model=nn.Linear(2, 2))
+
+
+def test_names(harness):
+    """A name that only one side has is named; the generators alone may be missing on either side."""
+    image = harness.capture(rng=True, **make())
+    assert "'extra'" in refuses(harness, image, make() | {"extra": 1})
+    less = make()
+    del less["table"]
+    assert "'table'" in refuses(harness, image, less)
+    harness.restore(image, rng=False, **make())
+    harness.restore(harness.capture(**make()), rng=True, **make())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"table": torch.ones(5)}, ["tensor 'table' is [4] in the checkpoint and [5] in the bound state"]),
+        ({"table": torch.ones(4, dtype=torch.int64)}, ["'table'", "float32", "int64"]),
+        ({"table": torch.ones(4, device="meta")}, ["'table'", "meta"]),
+        ({"table": np.ones(4, np.float32)}, ["'table'", "Tensor", "ndarray"]),
+        ({"table": nn.Linear(1, 1)}, ["'table'", "Tensor", "Linear"]),
+        ({"log": {}}, ["'log'", "list", "dict"]),
+        ({"log": [nn.Linear(1, 1)]}, ["'log.0'", "float", "Linear"]),
+        ({"log": [1.0, nn.Linear(1, 1)]}, ["'log.1'", "Linear"]),
+        ({"nest": {"net": nn.Linear(1, 1)}}, ["'nest.net'", "Linear"]),
+        ({"model": 3}, ["'model'", "Sequential", "int"]),
+        ({"scheduler": None}, ["'scheduler'", "StepLR", "NoneType"]),
+        ({"log": torch.ones(1)}, ["'log'", "list", "Tensor"]),
+    ],
+    ids=lambda value: "",
+)
+def test_kinds(harness, change, words):
+    """An object that the captured one can't fill is refused with both kinds, however deep it lies."""
+    message = refuses(harness, harness.capture(rng=True, **make()), make() | change)
+    for word in words:
+        assert word in message
+
+
+def test_read_only_arrays(harness):
+    """An array that can't be written to is refused before anything is filled."""
+    array = np.zeros(2)
+    array.flags.writeable = False
+    message = refuses(
+        harness, harness.capture(a=torch.ones(1), array=np.ones(2)), {"a": torch.zeros(1), "array": array}
+    )
+    assert "'array' is read-only" in message
+
+
+def test_optimizers_of_another_class(harness):
+    """An optimizer of another class is refused; its state would load and be wrong."""
+    state = make()
+    image = harness.capture(rng=True, **state)
+    assert "Adam and is a SGD now" in refuses(
+        harness, image, state | {"optimizer": make(optimizer=torch.optim.SGD)["optimizer"]}
+    )
+
+
+def test_optimizers_of_other_parameters(harness):
+    """An optimizer whose parameters come in other groups or another order is refused."""
+    state = make()
+    image = harness.capture(rng=True, **state)
+    parameters = list(state["model"].parameters())
+    groups = torch.optim.Adam([{"params": parameters[:1]}, {"params": parameters[1:]}])
+    assert "of [4] parameters in the checkpoint and of [1, 3] now" in refuses(
+        harness, image, state | {"optimizer": groups}
+    )
+    order = torch.optim.Adam(parameters[::-1])
+    assert "parameter 0 in group 0 of optimizer 'optimizer' is [3, 2]" in refuses(
+        harness, image, state | {"optimizer": order}
+    )
+
+
+def test_schedulers_of_another_class(harness):
+    """A scheduler of another class is refused, though loading it would not fail."""
+    state = make()
+    image = harness.capture(rng=True, **state)
+    other = torch.optim.lr_scheduler.ExponentialLR(state["optimizer"], 0.9)
+    assert "StepLR and is a ExponentialLR now" in refuses(harness, image, state | {"scheduler": other})
+
+
+def test_scalers_that_differ(harness):
+    """A scaler that is enabled on one side only is refused before its loading fails halfway."""
+    on, off = torch.amp.GradScaler("cpu"), torch.amp.GradScaler("cpu", enabled=False)
+    a = torch.zeros(2)
+    assert "enabled when it was captured and is disabled" in refuses(
+        harness, harness.capture(a=a + 1, s=on), {"a": a, "s": off}
+    )
+    assert "disabled when it was captured and is enabled" in refuses(
+        harness, harness.capture(a=a + 1, s=off), {"a": a, "s": on}
+    )
+
+
+def test_flipped_bits(harness):
+    """One flipped bit, anywhere in a tensor or the values, is found by its digest; nothing is filled."""
+    state = make()
+    good = harness.capture(rng=True, **state)
+    digests = harness.digests(good)
+    for span in parse(good).spans:
+        if span.begin == span.end:
+            continue
+        bad = memoryview(bytearray(good))
+        bad[(span.begin + span.end) // 2] ^= 4
+        other = make()
+        before = contents(other)
+        with pytest.raises(DamagedError) as refused:
+            harness.bind(rng=True, **other).restore(bad, digests)
+        assert repr(span.name) in refused.value.message
+        harness.same(contents(other), before)
+
+
+def test_missing_digests(harness):
+    """A tensor that no digest speaks for counts as damaged."""
+    image = harness.capture(x=torch.ones(1))
+    digests = harness.digests(image)
+    del digests["x"]
+    with pytest.raises(DamagedError, match="'x'"):
+        harness.bind(x=torch.zeros(1)).restore(image, digests)
+
+
+def test_cut_images(harness):
+    """An image that ends early is damage, wherever it was cut."""
+    image = harness.capture(rng=True, **make())
+    for size in (0, 7, 4095, 4096, len(image) // 2, len(image) - 1):
+        message = refuses_damaged(harness, image[:size])
+        assert message
+
+
+def refuses_damaged(harness, image):
+    state = make()
+    before = contents(state)
+    with pytest.raises(DamagedError) as refused:
+        harness.bind(rng=True, **state).restore(image, None)
+    harness.same(contents(state), before)
+    return refused.value.message
+
+
+def test_images_of_others(harness):
+    """An image of another framework is refused by its header."""
+    from ckptd.storage.image import plan, write_values
+
+    layout = plan([], 10, {"ckptd.framework": "jax"})
+    image = memoryview(bytearray(layout.image_bytes))
+    image[: len(layout.header)] = layout.header
+    write_values(image, layout.values, b"")
+    assert "'jax'" in refuses(harness, image, {"a": 1})
+
+
+def test_nothing_aliases_the_image(harness):
+    """After a restore the image can be overwritten: every restored object has memory of its own."""
+    state = make() | {"array": np.arange(3.0), "values": (torch.ones(2), {"deep": torch.ones(3)})}
+    image = harness.capture(rng=True, **state)
+    for twin in (make() | {"array": np.zeros(3), "values": None}, make() | {"array": None, "values": ()}):
+        filled = harness.restore(image, rng=True, **twin)
+        generator = torch.get_rng_state()
+        before = contents(filled)
+        keep = bytes(image)
+        image[:] = b"\xff" * len(image)
+        harness.same(contents(filled), before)
+        harness.same(before, contents(state))
+        assert torch.equal(torch.get_rng_state(), generator)
+        image[:] = keep
+        for tensor in filled["optimizer"].state_dict()["state"][0].values():
+            tensor.add_(1)
+        filled["table"].add_(1)
+        assert image == keep
+
+
+def test_filled_in_place(harness):
+    """Parameters, buffers, tensors and arrays stay the same objects and the same memory."""
+    model, x, array = nn.BatchNorm1d(3), torch.zeros(2), np.zeros(2)
+    source = nn.BatchNorm1d(3)
+    source(torch.randn(4, 3))
+    tensors = [x, *model.state_dict(keep_vars=True).values()]
+    places = [tensor.data_ptr() for tensor in tensors]
+    versions = [tensor._version for tensor in tensors]
+    image = harness.capture(model=source, x=torch.ones(2), array=np.ones(2))
+    made = harness.restore(image, model=model, x=x, array=array)
+    assert made == {"model": model, "x": x, "array": array}
+    assert [tensor.data_ptr() for tensor in (x, *model.state_dict(keep_vars=True).values())] == places
+    assert all(tensor._version > version for tensor, version in zip(tensors, versions, strict=True))
+    harness.same(model.state_dict(), source.state_dict())
+    harness.same(array, np.ones(2))
+
+
+def test_tensors_that_need_gradients(harness):
+    """A bound tensor that needs a gradient, or has one, is filled without touching either."""
+    x = torch.zeros(2, requires_grad=True)
+    x.sum().backward()
+    harness.restore(harness.capture(x=torch.ones(2)), x=x)
+    assert torch.equal(x, torch.ones(2))
+    assert x.requires_grad
+    assert torch.equal(x.grad, torch.ones(2))
+
+
+def test_captured_with_gradients(harness):
+    """Tensors in the middle of a graph are captured by their elements."""
+    x = torch.ones(2, requires_grad=True)
+    made = harness.restore(harness.capture(y=x * 3, z=(x.double() * 1j)), y=None, z=None)
+    harness.same(made, {"y": torch.full((2,), 3.0), "z": torch.full((2,), 1j, dtype=torch.complex128)})
+    assert not made["y"].requires_grad
+
+
+def test_the_values_are_covered_by_a_digest(harness):
+    """The values blob is one of the tensors that digests speak for."""
+    assert VALUES_NAME in harness.digests(harness.capture(a=1))

@@ -1,0 +1,265 @@
+"""A model agent: one life of the daemon. It feeds the job machine and carries out what that wants done.
+
+It does what `ckptd.daemon.supervisor` and `ckptd.daemon.processes` do, in virtual time, and decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from ckptd.core import events as e
+from ckptd.core.job import JobMachine, JobSpec, Now
+from ckptd.core.policy.restart import RestartPolicy
+from ckptd.core.policy.retention import RetentionPolicy
+from ckptd.errors import AgentError
+from ckptd.types import CheckpointId, Evidence
+from tests.simulation import storage
+from tests.simulation.launchers import Launcher, evidence_of
+from tests.simulation.memory import NEVER, Arena, Slot
+from tests.simulation.ranks import RankProcess
+
+if TYPE_CHECKING:
+    from tests.simulation.node import Node
+
+PATIENT = RestartPolicy(
+    max_restarts=1000, same_exception_limit=1000, same_death_limit=1000, backoff_base_s=0.2, backoff_max_s=2.0
+)
+"""The simulation's faults are bad luck by definition: giving up on them would be an error."""
+
+
+class ModelAgent:
+    """One agent with one job. `alive` ends with kill -9, `end` is set when the job is over."""
+
+    def __init__(self, node: Node) -> None:
+        options = node.options
+        self.node = node
+        self.alive = True
+        self.end: e.End | None = None
+        self.arena = Arena(options.slots)
+        self.ranks: dict[int, RankProcess] = {}
+        self.connections: set[RankProcess] = set()
+        self.launcher: Launcher | None = None
+        self.exited: set[int] = set()
+        self.known_digests: set[CheckpointId] = set()
+        self._wanted: int | None = None
+        self._inputs: deque[e.Input] = deque()
+        self._busy = False
+        spec = JobSpec(
+            "job", options.world_size, options.every_s, supervised=options.supervised,
+            retention=RetentionPolicy(options.keep_last), restart=PATIENT,
+        )  # fmt: skip
+        self.machine = JobMachine(spec, node.witness.next_incident)
+
+    def start(self) -> None:
+        """Begin, as `Supervisor.__init__` does."""
+        if self.node.options.supervised:
+            self.launcher = Launcher(self.node, self)
+            self._carry_out(self.machine.begin())
+        self.node.clock.after(0.0, self, "tick", self._tick)
+
+    # --- inputs -----------------------------------------------------------------------------------------------
+
+    def feed(self, event: e.Input) -> None:
+        """Tell the machine what happened, and carry out what it wants done."""
+        if not self.alive or self.end is not None:
+            return
+        self._inputs.append(event)
+        if self._busy:
+            return
+        self._busy = True
+        while self._inputs and self.alive:
+            event = self._inputs.popleft()
+            self.node.witness.before(event, self)
+            if isinstance(event, e.Committed):
+                self.known_digests.add(event.id)
+            effects = self.machine.handle(event, self._now())
+            if not isinstance(event, (e.Tick, e.Progress)) or effects:
+                self.node.note("in", event)
+            self._carry_out(effects)
+            self.node.witness.after(event, self)
+        self._busy = False
+
+    def _now(self) -> Now:
+        return Now(self.node.clock.now_s, 1e9 + self.node.clock.now_s)
+
+    def _tick(self) -> None:
+        if self.end is not None:
+            return
+        steps = {rank.rank: rank.page.step for rank in self.ranks.values() if rank.page is not None and rank.page.step}
+        if steps:
+            self.feed(e.Progress(steps))
+        self.feed(e.Tick())
+        self.node.clock.after(self.node.options.tick_s, self, "tick", self._tick)
+
+    def received(self, process: RankProcess, message: Any) -> None:
+        """Handle what a rank says; what a closed connection still held is lost."""
+        if isinstance(message, tuple) and message[0] == "join":
+            self._join(process, message[1])
+        elif process not in self.connections:
+            return
+        elif isinstance(message, tuple) and message[0] == "reserve":
+            self.node.clock.start(self, "reserve", self._reserve(process, message[1]))
+        elif isinstance(message, tuple):
+            process.left = True
+            process.leaving = process._call
+            self.feed(e.RankLeft(process.rank, message[1]))
+        else:
+            if isinstance(message, e.RankSealed):
+                self.node.witness.require(message.slot in process.lent, f"{process} sealed a slot that it was not lent")
+            self.feed(message)
+
+    def _join(self, process: RankProcess, generation: int) -> None:
+        current = self.machine.generation
+        if generation and (current is None or current.number != generation):
+            process.answer(AgentError(f"generation {generation} is over"))
+            return
+        self.ranks[process.rank] = process
+        self.connections.add(process)
+        if not self.node.options.supervised and not process.alive:
+            self.node.clock.after(0.0, self, "report", self.rank_exited, process, self.node.clock.now_s)
+        self.feed(e.RankJoined(process.rank, process.pid))
+
+    def rank_exited(self, process: RankProcess, at_s: float) -> None:
+        """Learn of a rank's end from the launcher, or from an own pidfd when there is no launcher of ours."""
+        if process.pid in self.exited:
+            return
+        self.exited.add(process.pid)
+        evidence = evidence_of(process, at_s)
+        if not self.node.options.supervised:
+            if self.ranks.get(process.rank) is process:
+                del self.ranks[process.rank]
+            process.close()
+            evidence = None if process.left else evidence
+        self.feed(e.RankExited(process.rank, process.pid, evidence))
+
+    def launcher_ready(self, launcher: Launcher) -> None:
+        """Send the launcher the ranks that were wanted meanwhile."""
+        launcher.reported = True
+        if self.launcher is launcher and self._wanted is not None:
+            launcher.spawn(self._wanted)
+            self._wanted = None
+
+    def launcher_died(self, launcher: Launcher) -> None:
+        """Learn of the launcher's end."""
+        if self.launcher is launcher:
+            self.launcher = None
+            evidence = Evidence("exit", "launcher", None, 1.0, "the launcher ended", self.node.clock.now_s)
+            self.feed(e.LauncherExited(evidence))
+
+    # --- effects ----------------------------------------------------------------------------------------------
+
+    def _carry_out(self, effects: list[e.Effect]) -> None:
+        for effect in effects:
+            if not self.alive:
+                return
+            if not isinstance(effect, e.Log):
+                self.node.note("out", effect)
+            self.node.witness.ordered(effect, self)
+            self._do(effect)
+            self.node.fault_point("effect")
+
+    def _do(self, effect: e.Effect) -> None:
+        match effect:
+            case e.Announce():
+                for process in self.ranks.values():
+                    if process.page is not None:
+                        process.page.capture_step = NEVER if effect.step is None else effect.step
+            case e.Release():
+                process = self.ranks.get(effect.rank)
+                if process is not None and process.page is not None:
+                    process.page.release(effect.slot)
+            case e.Admit():
+                self._admit(effect)
+            case e.Dismiss():
+                if effect.rank in self.ranks:
+                    self._dismiss(self.ranks[effect.rank])
+            case e.Kill():
+                if self.launcher is not None:
+                    self.launcher.kill_ranks(effect.signal)
+            case e.Spawn():
+                self._spawn(effect.generation)
+            case e.End():
+                self._end(effect)
+            case e.ReadStore():
+                self._start(storage.read_store(self), "store")
+            case e.Claim():
+                self._start(storage.claim(self, effect), "claim")
+            case e.Fetch():
+                self._start(storage.fetch(self, effect.source), "fetch")
+            case e.Flush():
+                self._start(storage.flush(self, effect), "flush")
+            case e.Prune():
+                self._start(storage.prune(self, effect), "prune")
+            case _:
+                return
+
+    def _start(self, steps: storage.Steps, kind: str) -> None:
+        self.node.clock.start(self, kind, steps)
+
+    def _spawn(self, generation: int) -> None:
+        for process in self.ranks.values():
+            process.close()
+        self.ranks = {}
+        self._wanted = generation
+        if self.launcher is None:
+            self.launcher = Launcher(self.node, self)
+        elif self.launcher.reported:
+            self.launcher_ready(self.launcher)
+
+    def _admit(self, order: e.Admit) -> None:
+        process = self.ranks.get(order.rank)
+        self.node.witness.require(process is not None, f"rank {order.rank} is admitted and not connected")
+        assert process is not None
+        held = self.machine.keeper.book.held(order.rank)
+        offer = None
+        if order.offer is not None:
+            snapshot = self.machine.keeper.book.snapshots.get(order.offer.id)
+            self.node.witness.require(snapshot is not None, f"{order.offer} is offered and not in memory")
+            assert snapshot is not None
+            offer = {"id": order.offer.id, "slot": snapshot.slots[order.rank]}
+        process.offered = None if offer is None else offer["slot"]
+        process.admit(order.generation, set(held), offer)
+
+    def _dismiss(self, process: RankProcess) -> None:
+        if process.leaving is not None:
+            process.leaving.fire()
+            process.leaving = None
+
+    def _reserve(self, process: RankProcess, size: int) -> storage.Steps:
+        held = set(self.machine.keeper.book.held(process.rank))
+        yield self.node.rng.uniform(0, 0.05)
+        numbers = self.arena.reserve(process.rank, size, held)
+        if process not in self.connections:
+            return
+        lent = set(numbers)
+        if process.offered is not None and process.offered in self.arena.slots[process.rank]:
+            lent.add(process.offered)
+        process.lent = tuple(sorted(lent))
+        process.answer({number: self.arena.slots[process.rank][number] for number in process.lent})
+        self.feed(e.SlotsLent(process.rank, tuple(numbers)))
+
+    def free_slot(self, rank: int, size: int) -> Slot:
+        """Return a slot that holds nothing, making one if every slot is held."""
+        held = set(self.machine.keeper.book.held(rank))
+        numbers = self.arena.reserve(rank, size, held)
+        free = [number for number in numbers if number not in held]
+        if not free:
+            numbers = self.arena.reserve(rank, size, held, len(numbers) + 1)
+            free = [number for number in numbers if number not in held]
+        return self.arena.slots[rank][free[0]]
+
+    def _end(self, end: e.End) -> None:
+        if self.launcher is not None:
+            self.launcher.die()
+        for process in self.ranks.values():
+            self._dismiss(process)
+            process.close()
+        self.end = end
+        self.node.job_ended(end)
+
+    def die(self) -> None:
+        """End by kill -9: memory, connections and storage threads are gone at once."""
+        self.alive = False
+        if self.launcher is not None:
+            self.launcher.die()

@@ -1,0 +1,147 @@
+"""What may go wrong: exactly what the design promises to survive, so that every failure is a bug.
+
+The list, and what each leaves intact:
+- any rank, several ranks, the launcher, or the agent is killed, at any event and between any two effects;
+- a write to the disk fails, or is torn because the agent dies;
+- a stored shard is damaged while another intact checkpoint of the lineage stays behind;
+- a snapshot in memory that is committed already is damaged, while an older one of the lineage is intact;
+- an operator asks for a checkpoint, a restart, a step back or a stop at any moment.
+
+Not in it: all copies damaged at once, and a launcher that is killed before its imports are done.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptd.core import events as e
+from ckptd.core.job_states import JobState
+
+if TYPE_CHECKING:
+    from tests.simulation.node import Node
+
+_RARE = {"tick": 0.2, "rank": 0.5}
+"""Kinds of events that are so frequent that a fault there is made less likely."""
+
+
+class Faults:
+    """Injects the faults of one run. Once the budget is used up, or time is, nothing goes wrong any more."""
+
+    def __init__(self, node: Node) -> None:
+        options = node.options
+        self._node = node
+        self._left = options.faults
+        self._end_s = options.total_steps * options.step_s * 3 + 20
+        self._kinds = [kind for kind in options.fault_kinds if options.supervised or kind in _ATTACHED]
+        self._memory_flipped: set[e.CheckpointId] = set()
+
+    @property
+    def active(self) -> bool:
+        """Whether anything may still go wrong."""
+        return (self._left > 0 or self._node.options.write_error_chance > 0) and self._node.clock.now_s < self._end_s
+
+    @property
+    def writes_may_fail(self) -> bool:
+        """Whether the disk may refuse writes."""
+        return self._node.clock.now_s < self._end_s
+
+    def point(self, kind: str) -> None:
+        """Inject a fault here, perhaps."""
+        node = self._node
+        if self._left <= 0 or node.clock.now_s >= self._end_s or not node.agent.alive:
+            return
+        if node.rng.random() >= node.options.fault_chance * _RARE.get(kind, 1.0):
+            return
+        if self._inject(node.rng.choice(self._kinds)):
+            self._left -= 1
+
+    def _inject(self, kind: str) -> bool:
+        match kind:
+            case "rank":
+                return self._kill_ranks(1)
+            case "ranks":
+                return self._kill_ranks(2)
+            case "launcher":
+                return self._kill_launcher()
+            case "agent":
+                self._node.kill_agent()
+                return True
+            case "damage":
+                return self._damage_shard()
+            case "memory":
+                return self._damage_memory()
+            case "step back":
+                return self._step_back()
+            case "stop":
+                return self._stop()
+        wish = e.CheckpointWanted() if kind == "checkpoint" else e.RestartWanted()
+        self._node.note("fault", wish)
+        self._node.agent.feed(wish)
+        return True
+
+    def _kill_ranks(self, number: int) -> bool:
+        node = self._node
+        holder = node.foreign if node.foreign is not None else node.agent.launcher
+        living = [] if holder is None else [rank for rank in holder.ranks.values() if rank.alive]
+        for process in node.rng.sample(living, min(number, len(living))):
+            node.note("fault", f"{process} is killed")
+            process.kill(9)
+        return bool(living)
+
+    def _kill_launcher(self) -> bool:
+        launcher = self._node.agent.launcher
+        if launcher is None or not launcher.alive or not launcher.reported:
+            return False
+        self._node.note("fault", "the launcher is killed")
+        launcher.die()
+        return True
+
+    def _damage_shard(self) -> bool:
+        node = self._node
+        safe = [item for item in node.witness.intact if item not in node.witness.leaving]
+        safe = [item for item in safe if item not in self._memory_flipped]
+        if len(safe) < 2 or node.witness.at_most is not None:
+            return False
+        target = node.rng.choice(safe[-2:])
+        node.note("fault", f"a shard of {target} is damaged")
+        node.disk.flip(target, node.rng.randrange(node.options.world_size))
+        return True
+
+    def _damage_memory(self) -> bool:
+        node, witness = self._node, self._node.witness
+        in_memory = witness.usable(witness.memory)
+        safe = [item for item in witness.intact if item not in witness.leaving and item not in self._memory_flipped]
+        if not in_memory or in_memory[-1] not in safe[1:] or witness.at_most is not None:
+            return False
+        newest = in_memory[-1]
+        if newest not in node.agent.known_digests:
+            return False
+        node.note("fault", f"the slots of {newest} are damaged")
+        self._memory_flipped.add(newest)
+        slot = node.rng.choice(witness.memory[newest])
+        slot.cells[0] = None
+        slot.flipped = True
+        return True
+
+    def _step_back(self) -> bool:
+        node, witness = self._node, self._node.witness
+        targets = [item for item in witness.intact if item not in witness.leaving and item not in self._memory_flipped]
+        if not targets or witness.at_most is not None:
+            return False
+        target = node.rng.choice(targets)
+        node.note("fault", f"a restart from at most step {target.step} is asked for")
+        node.agent.feed(e.RestartWanted(target.step))
+        return True
+
+    def _stop(self) -> bool:
+        node = self._node
+        if node.agent.machine.state is JobState.PENDING:
+            return False
+        node.stop_ordered = True
+        wish = e.StopWanted(node.rng.choice((0.5, 20.0)), checkpoint=node.rng.random() < 0.8)
+        node.note("fault", wish)
+        node.agent.feed(wish)
+        return True
+
+
+_ATTACHED = frozenset({"rank", "ranks", "agent", "damage", "memory", "checkpoint"})

@@ -1,0 +1,136 @@
+"""Model launchers: ckptd's own, which forks ranks on demand and reports their ends, and a foreign one like torchrun."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptd.core import events as e
+from ckptd.types import Evidence
+from tests.simulation.clock import Channel, Steps
+from tests.simulation.ranks import Collective, RankProcess
+
+if TYPE_CHECKING:
+    from tests.simulation.agent import ModelAgent
+    from tests.simulation.node import Node
+
+
+def evidence_of(process: RankProcess, at_s: float) -> Evidence | None:
+    """Judge the end of a rank as the exit detector does."""
+    code, rank = process.returncode, process.rank
+    assert code is not None
+    if code == 0:
+        return None
+    if code < 0:
+        summary = f"rank {rank} was killed by signal {-code}"
+        return Evidence("exit", "signal", rank, 1.0, summary, at_s, signal=-code, returncode=code)
+    kind = "exception" if process.exception is not None else "exit"
+    summary = f"rank {rank} ended with {code}"
+    return Evidence("exit", kind, rank, 1.0, summary, at_s, returncode=code, exception=process.exception)
+
+
+class Launcher:
+    """The small parent process of supervised ranks. Orders reach it in order, and so do its reports the agent."""
+
+    def __init__(self, node: Node, agent: ModelAgent) -> None:
+        self.node, self._agent = node, agent
+        self.alive = True
+        self.ready = False
+        self.reported = False
+        self.ranks: dict[int, RankProcess] = {}
+        self._orders = Channel(node.clock, self, "order", node.latency_s)
+        self._reports = Channel(node.clock, agent, "report", node.latency_s)
+        node.clock.after(node.rng.uniform(0.0, 0.5), self, "launcher", self._imported)
+
+    def _imported(self) -> None:
+        self.ready = True
+        self._reports.send(self._agent.launcher_ready, self)
+
+    def spawn(self, generation: int) -> None:
+        """Order: fork all ranks."""
+        collective = Collective(self.node)
+        for rank in range(self.node.options.world_size):
+            self._orders.send(self._fork, rank, generation, collective)
+
+    def _fork(self, rank: int, generation: int, collective: Collective) -> None:
+        process = RankProcess(self.node, rank, self.node.next_pid(), generation, collective)
+        self.ranks[rank] = process
+        self._reports.send(self._agent.feed, e.RankSpawned(rank, process.pid))
+
+    def kill_ranks(self, number: int) -> None:
+        """Order: send every rank a signal. A rank stuck in a collective dies of SIGTERM too: the default action."""
+        self._orders.send(self._kill_ranks, number)
+
+    def _kill_ranks(self, number: int) -> None:
+        for process in self.ranks.values():
+            process.kill(number)
+
+    def rank_ended(self, process: RankProcess) -> None:
+        """Report an end to the agent."""
+        if self.alive and self.ranks.get(process.rank) is process:
+            self._reports.send(self._agent.rank_exited, process, self.node.clock.now_s)
+
+    def die(self) -> None:
+        """End, and every rank with it, without a word: PR_SET_PDEATHSIG sees to that."""
+        if self.alive:
+            self.alive = False
+            for process in self.ranks.values():
+                process.kill(9)
+            self._reports.send(self._agent.launcher_died, self)
+
+
+class ForeignLauncher:
+    """A launcher that knows nothing of ckptd: when a rank dies it kills the others and starts all anew."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.alive = True
+        self.finished = False
+        self._incarnation = 0
+        self._ranks: list[RankProcess] = []
+        self._restarting = False
+        node.clock.start(self, "launcher", self._start())
+
+    def _start(self) -> Steps:
+        rng = self.node.rng
+        if self.node.agent.alive is False:
+            yield self.node.agent_back
+        self._restarting = False
+        collective = Collective(self.node)
+        self._incarnation += 1
+        incarnation = self._incarnation
+        self._ranks = []
+        for rank in range(self.node.options.world_size):
+            if self._restarting or incarnation != self._incarnation:
+                return
+            self._ranks.append(RankProcess(self.node, rank, self.node.next_pid(), 0, collective))
+            yield rng.choice((0.0, 0.0, 0.5)) * rng.random()
+
+    def rank_ended(self, process: RankProcess) -> None:
+        """See the end of a rank; the agent sees it too, through its own pidfd."""
+        if process not in self._ranks:
+            return
+        if process.returncode != 0:
+            self._restart()
+        elif len(self._ranks) == self.node.options.world_size and all(rank.returncode == 0 for rank in self._ranks):
+            self.finished = True
+
+    def _restart(self) -> None:
+        if self._restarting or not self.alive:
+            return
+        self._restarting = True
+        self.node.clock.start(self, "launcher", self._kill_and_start(), self.node.rng.uniform(0, 0.3))
+
+    def _kill_and_start(self) -> Steps:
+        for process in self._ranks:
+            process.kill(15)
+        yield self.node.rng.uniform(0, 0.3)
+        yield from self._start()
+
+    def begin_again(self) -> None:
+        """Somebody runs the same command again."""
+        self._restart()
+
+    @property
+    def ranks(self) -> dict[int, RankProcess]:
+        """The present processes by rank."""
+        return {process.rank: process for process in self._ranks}

@@ -1,0 +1,104 @@
+"""The model's memory: training state, slots made of cells, and control pages.
+
+Every byte of state follows from the rank and the step alone, so wherever a cell turns up everybody can tell whether
+it is the right one.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+PARTS = 3
+"""How many cells make up a shard: it is written and read part by part, so a torn one is possible."""
+NEVER = 2**63
+_MASK = 2**64 - 1
+
+
+def advance(state: int, rank: int, step: int) -> int:
+    """Return a rank's state after `step`, given the one before it."""
+    return (state * 6364136223846793005 + step * 1442695040888963407 + rank) & _MASK
+
+
+@cache
+def state_after(rank: int, step: int) -> int:
+    """Return the state that a rank must have after `step`."""
+    return rank + 1 if step == 0 else advance(state_after(rank, step - 1), rank, step)
+
+
+class Cell(NamedTuple):
+    """One part of a shard."""
+
+    rank: int
+    step: int
+    state: int
+    part: int
+
+
+Content = tuple[Cell | None, ...]
+
+
+def shard_of(rank: int, step: int, state: int | None = None) -> Content:
+    """Return the shard of a rank at a step; of the right state unless another one is given."""
+    value = state_after(rank, step) if state is None else state
+    return tuple(Cell(rank, step, value, part) for part in range(PARTS))
+
+
+class Slot:
+    """A memory region of one rank."""
+
+    def __init__(self, rank: int, number: int, size: int) -> None:
+        self.rank, self.number, self.size = rank, number, size
+        self.cells: list[Cell | None] = [None] * PARTS
+        self.flipped = False
+
+    def write(self, part: int, cell: Cell) -> None:
+        """Overwrite one part."""
+        self.cells[part] = cell
+        self.flipped = False
+
+    def __repr__(self) -> str:
+        return f"slot {self.number} of rank {self.rank}"
+
+
+class Page:
+    """A control page as `ckptd.protocol.page` has it: two counters per slot, and the step to capture."""
+
+    def __init__(self, held: set[int]) -> None:
+        self.capture_step = NEVER
+        self.step = 0
+        self._sealed = dict.fromkeys(held, 1)
+        self._released: dict[int, int] = {}
+
+    def seal(self, slot: int) -> None:
+        """Take a slot out of use (rank)."""
+        self._sealed[slot] = self._sealed.get(slot, 0) + 1
+
+    def release(self, slot: int) -> None:
+        """Let the rank write a slot again (agent)."""
+        self._released[slot] = self._sealed.get(slot, 0)
+
+    def free(self, slot: int) -> bool:
+        """Whether the rank may write it."""
+        return self._sealed.get(slot, 0) == self._released.get(slot, 0)
+
+
+class Arena:
+    """The slots of one agent, by rank; gone when the agent is."""
+
+    def __init__(self, slots_per_rank: int) -> None:
+        self.slots: dict[int, dict[int, Slot]] = {}
+        self._slots_per_rank = slots_per_rank
+
+    def reserve(self, rank: int, size: int, held: set[int], count: int | None = None) -> list[int]:
+        """Make sure that a rank has enough slots of a size, as `daemon.arena.Arena.reserve` does."""
+        mine = self.slots.setdefault(rank, {})
+        for number, slot in list(mine.items()):
+            if slot.size < size and number not in held:
+                del mine[number]
+        good = [number for number, slot in mine.items() if slot.size >= size]
+        for _ in range((self._slots_per_rank if count is None else count) - len(good)):
+            number = next(number for number in range(64) if number not in mine)
+            mine[number] = Slot(rank, number, size)
+            good.append(number)
+        return sorted(good)

@@ -1,0 +1,62 @@
+"""What one run of the simulation looks like: everything is drawn from the seed, and may be overridden."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The size, the pace and the faults of one run."""
+
+    world_size: int = 2
+    supervised: bool = True
+    total_steps: int = 20
+    every_s: float = 1.0
+    step_s: float = 0.1
+    capture_part_s: float = 0.01
+    restore_part_s: float = 0.01
+    latency_s: float = 0.005
+    """The longest time that a message takes; shorter than the interval policy's `REACTION_S`."""
+    write_s: float = 0.1
+    """The typical time to write one shard."""
+    tick_s: float = 0.05
+    slots: int = 2
+    keep_last: int = 3
+    state_grows: bool = False
+    """Whether the first step makes the state larger, as an optimizer's does, so that new slots are needed."""
+    faults: int = 4
+    """How many faults there are at most; afterwards the job must finish."""
+    fault_chance: float = 0.02
+    """The chance of a fault at an event."""
+    write_error_chance: float = 0.0
+    fault_kinds: tuple[str, ...] = (
+        "rank", "rank", "rank", "ranks", "launcher", "agent", "agent", "damage", "memory", "checkpoint", "restart",
+        "step back", "stop",
+    )  # fmt: skip
+
+    @classmethod
+    def draw(cls, seed: int) -> Options:
+        """Draw the options of a seed."""
+        rng = random.Random(f"options {seed}")
+        step_s = rng.choice((0.02, 0.05, 0.1, 0.3)) * rng.uniform(0.7, 1.3)
+        every_s = step_s * rng.choice((1, 2, 4, 8)) + rng.uniform(0, 0.1)
+        return cls(
+            world_size=rng.choice((1, 2, 2, 2, 2, 3)),
+            supervised=rng.random() < 0.75,
+            total_steps=rng.randint(3, 40),
+            every_s=every_s,
+            step_s=step_s,
+            capture_part_s=step_s * rng.choice((0.01, 0.1, 0.5)),
+            restore_part_s=step_s * rng.choice((0.01, 0.3)),
+            latency_s=rng.choice((0.0, 0.001, 0.02)),
+            write_s=every_s * rng.choice((0.01, 0.1, 0.5, 1.5)),
+            tick_s=rng.choice((0.05, 0.05, 0.1)),
+            slots=rng.choice((2, 2, 2, 3)),
+            keep_last=rng.choice((1, 2, 3)),
+            state_grows=rng.random() < 0.3,
+            faults=rng.choice((0, 1, 2, 3, 4, 6, 8)),
+            fault_chance=rng.choice((0.003, 0.01, 0.03)),
+            write_error_chance=rng.choice((0.0, 0.0, 0.05, 0.3)),
+        )

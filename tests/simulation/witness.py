@@ -1,0 +1,292 @@
+"""The witness: checks every event of a simulation against the design, from its own log and not from the core's.
+
+It sees what ranks, disk and agent really did. What a restart must begin with, which slot nobody may write and which
+checkpoint must stay are computed here anew, in another way than `ckptd.core` does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from ckptd.core import events as e
+from ckptd.core.job_states import TERMINAL, JobState
+from ckptd.core.keeper import FINAL_FLUSH_TRIES
+from ckptd.core.restore import MEMORY
+from ckptd.types import CheckpointId, Incident
+from tests.simulation.memory import Content, Slot, shard_of
+
+if TYPE_CHECKING:
+    from tests.simulation.agent import ModelAgent
+    from tests.simulation.node import Node
+    from tests.simulation.ranks import RankProcess
+
+
+class ViolationError(Exception):
+    """Something happened that the design excludes."""
+
+
+class Witness:
+    """What has been sealed, committed, claimed and ordered in one run.
+
+    `chain` is the lineage, oldest first: the snapshots that the present generation descends from, and its own.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.chain: list[CheckpointId] = []
+        self.memory: dict[CheckpointId, list[Slot]] = {}
+        self.refused: set[CheckpointId] = set()
+        self.at_most: int | None = None
+        self.leaving: set[CheckpointId] = set()
+        self.next_incident = 1
+        self.flush_failures: dict[CheckpointId, int] = {}
+        self.newest: CheckpointId | None = None
+        self.started = 0
+        self._seals: dict[CheckpointId, dict[int, int]] = {}
+        self._void: set[CheckpointId] = set()
+        self._over = True
+        self._claims: dict[int, CheckpointId | None] = {}
+        self._starts_in_life = 0
+        self._flushed: CheckpointId | None = None
+        self._flushing: list[Slot] = []
+        self._flush_open = False
+        self._incidents: dict[int, Incident] = {}
+        self._just_closed: list[Incident] = []
+        self._finished: dict[int, tuple[int, int]] = {}
+        self._disk_changes = -1
+
+    def require(self, holds: bool, message: str) -> None:
+        """Fail the run unless something holds."""
+        if not holds:
+            raise ViolationError(message)
+
+    # --- what a restart may use -------------------------------------------------------------------------------
+
+    def usable(self, held: Collection[CheckpointId]) -> list[CheckpointId]:
+        """Return those of the lineage that are in `held` and may be restored, oldest first."""
+        limit = float("inf") if self.at_most is None else self.at_most
+        return [item for item in self.chain if item in held and item not in self.refused and item.step <= limit]
+
+    @property
+    def intact(self) -> list[CheckpointId]:
+        """What the disk could give a restart."""
+        return self.usable(self._node.disk.manifests.keys() - self._node.disk.damaged)
+
+    def _expected(self) -> tuple[CheckpointId | None, bool]:
+        """Return what a generation that is claimed now must begin with, and whether it comes from memory."""
+        in_memory, stored = self.usable(self.memory), self.intact
+        candidates = in_memory + stored
+        if not candidates:
+            return None, False
+        best = max(candidates, key=self.chain.index)
+        return best, best in in_memory
+
+    # --- inputs of the machine --------------------------------------------------------------------------------
+
+    def before(self, event: e.Input, agent: ModelAgent) -> None:
+        """Note what the machine is about to hear."""
+        match event:
+            case e.RankSealed():
+                self._sealed(event, agent)
+            case e.CaptureMissed():
+                missed = CheckpointId(self.started, event.step)
+                if missed not in self.memory:
+                    self._void.add(missed)
+                    self._seals.pop(missed, None)
+            case e.Fetched():
+                slots = [agent.arena.slots[rank][slot] for rank, slot in event.slots.items()]
+                self.memory[event.source.id] = slots
+                for slot in slots:
+                    self._check_content(tuple(slot.cells), slot.rank, event.source.id, "fetched")
+            case e.RestoreFailed():
+                self.refused.add(event.id)
+            case e.FlushFailed():
+                self.flush_failures[event.id] = self.flush_failures.get(event.id, 0) + 1
+            case e.Claimed():
+                self._starts(event.generation)
+            case _:
+                return
+
+    def _sealed(self, event: e.RankSealed, agent: ModelAgent) -> None:
+        sealed = CheckpointId(self.started, event.step)
+        if self._over:
+            return
+        if event.final and sealed in self._void:
+            self._void.discard(sealed)  # training ended at the very step that was missed: a new attempt
+        if sealed in self._void:
+            return
+        seals = self._seals.setdefault(sealed, {})
+        seals[event.rank] = event.slot
+        if len(seals) == self._node.options.world_size and sealed not in self.memory:
+            slots = [agent.arena.slots[rank][slot] for rank, slot in seals.items()]
+            for slot in slots:
+                self._check_content(tuple(slot.cells), slot.rank, sealed, "sealed")
+            # What is older may go now, but for the one that a flush reads.
+            self.memory = {item: held for item, held in self.memory.items() if item == self._flushed}
+            self.memory[sealed] = slots
+            self.chain.append(sealed)
+            self.newest = sealed
+
+    def after(self, event: e.Input, agent: ModelAgent) -> None:
+        """Look what the machine made of an event."""
+        state = agent.machine.state
+        if isinstance(event, e.RestartWanted) and state is JobState.FENCED and not self._over:
+            self.at_most = event.step
+        if state in (JobState.FENCED, JobState.DRAINING, JobState.BACKOFF, JobState.PREPARING, *TERMINAL):
+            self._over = True
+        for incident in self._just_closed:
+            if agent.end is None:
+                known = incident.decision != "" and incident.lost_steps is not None
+                self.require(known, f"incident {incident.number} was closed before its restart: {incident}")
+        self._just_closed.clear()
+
+    def _check_content(self, content: Content, rank: int, checkpoint: CheckpointId, how: str) -> None:
+        wanted = shard_of(rank, checkpoint.step)
+        self.require(content == wanted, f"rank {rank}'s shard of {checkpoint} was {how} wrong: {content}")
+
+    # --- effects of the machine -------------------------------------------------------------------------------
+
+    def ordered(self, effect: e.Effect, agent: ModelAgent) -> None:
+        """Check what the machine wants done, before it is done."""
+        match effect:
+            case e.Claim():
+                wanted, from_memory = self._expected()
+                stored = any(item in self._node.disk.manifests for item in self.chain)
+                self.require(wanted is not None or not stored, "a fresh start though there are checkpoints")
+                self.require(effect.parent == wanted, f"begins with {effect.parent}, {wanted} is the newest")
+                self._from_memory = from_memory
+            case e.Admit():
+                self.require(effect.generation == self.started, f"admits to generation {effect.generation}")
+                offered = None if effect.offer is None else effect.offer.id
+                self.require(offered == self._claims[self.started], f"{offered} is offered and was not claimed")
+                if effect.offer is not None and effect.offer.tier == MEMORY:
+                    self.require(offered in self.memory, f"{offered} is offered from memory and not there")
+            case e.Spawn():
+                restarts = self._starts_in_life - 1
+                self.require(effect.generation == self.started, f"spawns generation {effect.generation}")
+                self.require(effect.restarts == restarts, f"says {effect.restarts} restarts, there were {restarts}")
+            case e.Prune():
+                self.leaving.update(effect.ids)
+            case e.Record():
+                self._recorded(effect.incident)
+            case e.Flush():
+                self.require(effect.id in self.memory, f"a flush of {effect.id}, which is not complete")
+            case _:
+                return
+
+    def _recorded(self, incident: Incident) -> None:
+        known = self._incidents.get(incident.number)
+        self.require(known is None or not known.closed, f"incident {incident.number} changed after it was closed")
+        self.require(known is not None or incident.number == self.next_incident, f"incident number {incident.number}")
+        self.next_incident = max(self.next_incident, incident.number + 1)
+        self._incidents[incident.number] = incident
+        if incident.closed:
+            self._just_closed.append(incident)
+
+    def _starts(self, generation: int) -> None:
+        self.require(generation > self.started, f"generation {generation} starts after {self.started}")
+        self.require(generation in self._claims, f"generation {generation} starts unclaimed")
+        self.started = generation
+        self._starts_in_life += 1
+        self._over = False
+        self.at_most = None
+        self._finished.clear()
+
+    # --- ranks and storage ------------------------------------------------------------------------------------
+
+    def rank_restores(self, process: RankProcess, checkpoint: CheckpointId, content: Content) -> None:
+        """Check what a rank puts into its objects."""
+        self.require(checkpoint == self._claims[process.generation], f"{process} restores {checkpoint}")
+        self._check_content(content, process.rank, checkpoint, "restored")
+
+    def slot_written(self, slot: Slot, why: str) -> None:
+        """Check that nobody needs what a slot holds."""
+        self.require(slot not in self._flushing, f"{why} writes {slot} while a flush reads it")
+        best = self.usable(self.memory)
+        if best:
+            self.require(slot not in self.memory[best[-1]], f"{why} writes {slot}, which holds {best[-1]}, the newest")
+
+    def no_slot(self, process: RankProcess, *, final: bool) -> None:
+        """Note a capture that found no free slot, although the announcement promised one."""
+        self.require(False, f"{process} finds no free slot for {'the final' if final else 'an announced'} capture")
+
+    def flush_begins(self, order: e.Flush, slots: list[Slot]) -> None:
+        """Check that no other flush is under way."""
+        self.require(not self._flush_open, f"a second flush begins, of {order.id}")
+        self._flush_open = True
+        self._flushed, self._flushing = order.id, slots
+
+    def flush_ends(self, order: e.Flush, *, committed: bool) -> None:
+        """Note the end of a flush; what it read may go now, unless it is the newest."""
+        self._flush_open = False
+        self._flushed, self._flushing = None, []
+        if any(item > order.id for item in self.usable(self.memory)):
+            del self.memory[order.id]
+
+    def checkpoint_leaves(self, checkpoint: CheckpointId) -> None:
+        """Check that a checkpoint may be removed: something newer of the lineage is committed."""
+        at = self.chain.index(checkpoint) if checkpoint in self.chain else -1
+        newer = [item for item in self.intact if self.chain.index(item) > at and item not in self.leaving]
+        self.require(bool(newer), f"{checkpoint} is removed and nothing newer is committed")
+
+    def generation_claimed(self, number: int, parent: CheckpointId | None) -> None:
+        """Note a generation record: from now on the lineage goes through its parent."""
+        parents = self._node.disk.parents
+        self.require(number not in parents and number > max(parents, default=0), f"generation {number} is taken twice")
+        self.require(parent is None or parent in self.chain, f"{parent} is no ancestor")
+        self._claims[number] = parent
+        self.chain = [] if parent is None else self.chain[: self.chain.index(parent) + 1]
+
+    def rank_finished(self, process: RankProcess) -> None:
+        """Note the state in which a rank leaves training."""
+        self._finished[process.rank] = (process.step, process.state)
+
+    def after_event(self) -> None:
+        """Check the disk, if it has changed."""
+        disk, options = self._node.disk, self._node.options
+        if disk.changes == self._disk_changes:
+            return
+        self._disk_changes = disk.changes
+        for manifest in disk.manifests.values():
+            for rank in range(options.world_size):
+                shard = disk.shards.get((manifest.id, rank))
+                self.require(shard is not None and rank in manifest.digests, f"{manifest.id} lacks shard {rank}")
+                assert shard is not None
+                self._check_content(manifest.digests[rank], rank, manifest.id, "digested")
+                if manifest.id not in disk.damaged:
+                    self._check_content(shard, rank, manifest.id, "committed")
+
+    # --- lives and ends ---------------------------------------------------------------------------------------
+
+    def agent_begins(self) -> None:
+        """Forget what was in the memory of the agent before."""
+        self.memory.clear()
+        self.refused.clear()
+        self.flush_failures.clear()
+        self.leaving.clear()
+        self._seals.clear()
+        self._void.clear()
+        self._just_closed.clear()
+        self.at_most = None
+        self.newest = None
+        self._over = True
+        self._flush_open = False
+        self._flushed, self._flushing = None, []
+        self._starts_in_life = 0
+
+    def hopeless(self) -> bool:
+        """Whether the newest snapshot failed to become durable so often that the job may end with an error."""
+        return self.newest is not None and self.flush_failures.get(self.newest, 0) >= FINAL_FLUSH_TRIES
+
+    def job_finished(self) -> None:
+        """Check what a finished job leaves."""
+        options = self._node.options
+        wanted = {rank: (options.total_steps, shard_of(rank, options.total_steps)[0]) for rank in range(options.world_size)}
+        for rank, (step, cell) in wanted.items():
+            assert cell is not None
+            self.require(self._finished.get(rank) == (step, cell.state), f"rank {rank} ends as {self._finished.get(rank)}")
+        final = [item for item in self.chain if item.step == options.total_steps]
+        self.require(any(item in self._node.disk.manifests for item in final), "the final checkpoint is not committed")
+        left = [number for number, incident in self._incidents.items() if not incident.closed]
+        self.require(not left, f"incidents {left} are still open") if not self._node.agent_deaths else None

@@ -1,0 +1,327 @@
+"""Whole checkpoints on a tier: every kind of damage is named, and nothing damaged is ever fetched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from ckptd.errors import DamagedError, FencedError, NotFoundError, StoreError
+from ckptd.storage import catalog, image, keys, manifest
+from ckptd.storage.image import TensorSpec
+from ckptd.storage.memory import MemoryTier
+from ckptd.storage.tier import Buffer, Entry
+from ckptd.types import CheckpointId
+
+JOB = "gpt"
+AT = CheckpointId(2, 40)
+RANKS = 2
+KEY = keys.shard_key(JOB, AT, 1)
+FILE = "rank-00001.safetensors"
+
+
+def shard(rank: int) -> bytes:
+    """A complete image whose tensors differ from rank to rank."""
+    specs = [TensorSpec("weight", "F32", (40, 3)), TensorSpec("empty", "F32", (0,)), TensorSpec("bias", "F16", (7,))]
+    layout = image.plan(specs, 3, {})
+    data = bytearray(layout.image_bytes)
+    data[: len(layout.header)] = layout.header
+    for span in layout.spans[:-1]:
+        data[span.begin : span.end] = bytes((rank + at) % 256 for at in range(span.end - span.begin))
+    image.write_values(memoryview(data), layout.values, b"abc")
+    return bytes(data)
+
+
+def commit(tier: MemoryTier, checkpoint: CheckpointId = AT, job: str = JOB) -> None:
+    """Put a checkpoint as a flush does: shards, then the manifest."""
+    contents = []
+    for rank in range(RANKS):
+        data = shard(rank)
+        tier.put(keys.shard_key(job, checkpoint, rank), data)
+        contents.append(catalog.describe_shard(rank, memoryview(data)))
+    document = manifest.build(job, checkpoint, None, contents, created_at=1.0, values={})
+    tier.put(keys.manifest_key(job, checkpoint), manifest.encode(document), create_only=True)
+
+
+@pytest.fixture
+def tier() -> MemoryTier:
+    """A tier with one committed checkpoint."""
+    made = MemoryTier()
+    catalog.claim_generation(made, JOB, AT.generation, CheckpointId(1, 30), 1.0)
+    commit(made)
+    return made
+
+
+def change(tier: MemoryTier, key: str, edit: Callable[[bytearray], object]) -> None:
+    """Change an object in place, behind the tier's back."""
+    data = bytearray(tier.get(key))
+    edit(data)
+    tier.put(key, bytes(data))
+
+
+def span(name: str) -> tuple[int, int]:
+    """Where a tensor lies in a shard."""
+    (found,) = [item for item in image.parse(memoryview(shard(1))).spans if item.name == name]
+    return found.begin, found.end
+
+
+def flip(at: int) -> Callable[[bytearray], object]:
+    """An edit that flips one bit."""
+
+    def edit(data: bytearray) -> None:
+        data[at] ^= 0x10
+
+    return edit
+
+
+def rename_tensor(data: bytearray) -> None:
+    """An edit of the header that leaves all data alone."""
+    data[:] = data.replace(b'"bias"', b'"boas"')
+
+
+def add_empty_tensor(data: bytearray) -> None:
+    """An edit that adds a tensor of no bytes to the header: every other tensor is still what it was."""
+    size = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + size])
+    entries["added"] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    data[8 : 8 + size] = json.dumps(entries, separators=(",", ":")).encode().ljust(size)
+
+
+def add_metadata(data: bytearray) -> None:
+    """An edit of the header that changes no tensor."""
+    data[:] = data.replace(b'"__metadata__":{}', b'"__metadata__":{"a":"b"}').replace(b" " * 7, b"", 1)
+
+
+_DAMAGE: dict[str, tuple[Callable[[bytearray], object], str]] = {
+    "a flipped bit in a tensor": (flip(span("weight")[0] + 5), "tensor 'weight' is not what was committed"),
+    "a flipped bit in the last byte of a tensor": (flip(span("bias")[1] - 1), "tensor 'bias' is not what was"),
+    "a flipped bit in the values": (flip(span("__ckptd__.values")[1] - 1), "tensor '__ckptd__.values' is not"),
+    "a flipped bit in the header's length": (flip(1), ""),
+    "a flipped bit in the header's JSON": (flip(10), ""),
+    "a flipped bit in the header's padding": (flip(image.BLOCK_BYTES - 2), ""),
+    "a renamed tensor": (rename_tensor, "tensor 'bias' is missing"),
+    "an added tensor of no bytes": (add_empty_tensor, "header is not what was committed"),
+    "other metadata": (add_metadata, "header is not what was committed"),
+    "a file cut short": (lambda data: data.__delitem__(slice(-1, None)), "the manifest says"),
+    "a file cut to its header": (lambda data: data.__delitem__(slice(100, None)), "the manifest says"),
+    "an empty file": (lambda data: data.clear(), "0 bytes"),
+    "extra bytes": (lambda data: data.extend(b"\0"), "the manifest says"),
+    "zeros": (lambda data: data.__setitem__(slice(None), bytes(len(data))), ""),
+    "another rank's shard": (lambda data: data.__setitem__(slice(None), shard(0)), "tensor 'weight' is not"),
+}
+
+
+@pytest.mark.parametrize("damage", sorted(_DAMAGE))
+def test_verify_names_damage(tier: MemoryTier, damage: str) -> None:
+    """`verify` names the file that is damaged and what is wrong with it, and no file that is not."""
+    edit, says = _DAMAGE[damage]
+    change(tier, KEY, edit)
+    problems = catalog.verify(tier, JOB, AT)
+    assert problems
+    assert all(problem.startswith(f"{FILE}: ") for problem in problems)
+    assert says in " / ".join(problems)
+
+
+@pytest.mark.parametrize("damage", sorted(_DAMAGE))
+def test_fetch_refuses_damage(tier: MemoryTier, damage: str) -> None:
+    """What `verify` would name, a fetch refuses with a `DamagedError` that names the object; other ranks are fetched."""
+    edit, says = _DAMAGE[damage]
+    change(tier, KEY, edit)
+    loaded = catalog.load_manifest(tier, JOB, AT)
+    slot = memoryview(bytearray(4 * len(shard(1))))
+    with pytest.raises(DamagedError) as caught:
+        catalog.fetch_shard(tier, JOB, loaded, 1, slot)
+    assert f"{tier.url}/{KEY}" in caught.value.message
+    assert says in caught.value.message
+    catalog.fetch_shard(tier, JOB, loaded, 0, slot)
+    assert slot[: len(shard(0))] == shard(0)
+
+
+def test_an_intact_checkpoint_is_intact(tier: MemoryTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is found where nothing is wrong, also when a tensor is read in many small blocks."""
+    assert catalog.verify(tier, JOB, AT) == []
+    monkeypatch.setattr(catalog, "_VERIFY_BYTES", 7)
+    assert catalog.verify(tier, JOB, AT) == []
+
+
+def test_every_bit_counts(tier: MemoryTier) -> None:
+    """A flipped bit in any byte of a shard, header and padding included, is found."""
+    good = tier.get(KEY)
+    for at in [*range(0, image.BLOCK_BYTES, 31), *range(image.BLOCK_BYTES, len(good), 97)]:
+        tier.put(KEY, good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        assert catalog.verify(tier, JOB, AT), f"a flipped bit in byte {at} was not found"
+
+
+def test_a_missing_shard_is_named(tier: MemoryTier) -> None:
+    """A shard that is gone is named by `verify`, and a fetch says that it is not there."""
+    tier.delete(KEY)
+    assert catalog.verify(tier, JOB, AT) == [f"{FILE}: the file is missing"]
+    with pytest.raises(NotFoundError, match=FILE):
+        catalog.fetch_shard(tier, JOB, catalog.load_manifest(tier, JOB, AT), 1, memoryview(bytearray(20_000)))
+
+
+def test_all_problems_are_named(tier: MemoryTier) -> None:
+    """`verify` does not stop at the first problem: two tensors and another rank's file are all named."""
+    change(tier, KEY, flip(span("weight")[0]))
+    change(tier, KEY, flip(span("bias")[0]))
+    tier.delete(keys.shard_key(JOB, AT, 0))
+    problems = catalog.verify(tier, JOB, AT)
+    assert len(problems) == 3
+    assert problems[0] == "rank-00000.safetensors: the file is missing"
+
+
+def test_a_tier_that_fails_is_a_problem_of_its_file(tier: MemoryTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that can't be read is a problem in words, and the others are still checked."""
+    real = MemoryTier.read_into
+
+    def failing(self: MemoryTier, key: str, offset: int, into: memoryview) -> None:
+        if key.endswith("rank-00000.safetensors"):
+            raise StoreError("can't read: Input/output error")
+        real(self, key, offset, into)
+
+    monkeypatch.setattr(MemoryTier, "read_into", failing)
+    change(tier, KEY, flip(span("weight")[0]))
+    first, second = catalog.verify(tier, JOB, AT)
+    assert first == "rank-00000.safetensors: can't read: Input/output error"
+    assert second.startswith(FILE)
+
+
+# --- manifests --------------------------------------------------------------------------------------------------
+
+
+def test_a_manifest_that_is_not_json(tier: MemoryTier) -> None:
+    """It is an error with the place and a hint; to `verify` it is a problem in words."""
+    key = keys.manifest_key(JOB, AT)
+    tier.put(key, b"\0\0\0")
+    with pytest.raises(DamagedError, match=f"{tier.url}/{key} is not JSON") as caught:
+        catalog.load_manifest(tier, JOB, AT)
+    assert caught.value.hint
+    assert catalog.verify(tier, JOB, AT) == [f"the manifest {tier.url}/{key} is not JSON"]
+
+
+@pytest.mark.parametrize(("job", "checkpoint"), [("other", AT), (JOB, CheckpointId(1, 40)), (JOB, CheckpointId(2, 50))])
+def test_a_manifest_of_another_checkpoint(tier: MemoryTier, job: str, checkpoint: CheckpointId) -> None:
+    """A manifest that was copied to another job, generation or step does not commit anything there."""
+    commit(tier, checkpoint, job)
+    tier.put(keys.manifest_key(job, checkpoint), tier.get(keys.manifest_key(JOB, AT)))
+    with pytest.raises(DamagedError, match=f"is that of {JOB} {AT}"):
+        catalog.load_manifest(tier, job, checkpoint)
+    assert catalog.verify(tier, job, checkpoint)
+
+
+def test_no_manifest_no_checkpoint(tier: MemoryTier) -> None:
+    """Shards without a manifest are not committed: not listed, not found, and verify says so."""
+    tier.delete(keys.manifest_key(JOB, AT))
+    assert catalog.holdings(tier, JOB).committed == ()
+    with pytest.raises(NotFoundError):
+        catalog.load_manifest(tier, JOB, AT)
+    assert len(catalog.verify(tier, JOB, AT)) == 1
+
+
+def test_shards_listed_in_another_order_are_fetched(tier: MemoryTier) -> None:
+    """Each rank gets its own shard, in whatever order a manifest lists them."""
+    key = keys.manifest_key(JOB, AT)
+    document = json.loads(tier.get(key))
+    document["shards"].reverse()
+    tier.put(key, json.dumps(document).encode())
+    slot = memoryview(bytearray(len(shard(1))))
+    catalog.fetch_shard(tier, JOB, catalog.load_manifest(tier, JOB, AT), 1, slot)
+    assert slot == shard(1)
+
+
+# --- holdings ---------------------------------------------------------------------------------------------------
+
+
+def test_holdings(tier: MemoryTier) -> None:
+    """Generations with their parents and committed checkpoints in order, of this job and no other."""
+    catalog.claim_generation(tier, JOB, 1, None, 0.0)
+    commit(tier, CheckpointId(1, 30))
+    commit(tier, CheckpointId(2, 5))
+    catalog.claim_generation(tier, f"{JOB}-2", 1, None, 0.0)
+    commit(tier, CheckpointId(1, 1), f"{JOB}-2")
+    held = catalog.holdings(tier, JOB)
+    assert held.parents == {1: None, 2: CheckpointId(1, 30)}
+    assert held.committed == (CheckpointId(1, 30), CheckpointId(2, 5), AT)
+    assert catalog.jobs(tier) == [JOB, f"{JOB}-2"]
+
+
+def test_a_generation_is_claimed_once(tier: MemoryTier) -> None:
+    """The second to claim a generation is fenced off, and the record stays the first one's."""
+    with pytest.raises(FencedError):
+        catalog.claim_generation(tier, JOB, AT.generation, None, 2.0)
+    assert catalog.holdings(tier, JOB).parents[AT.generation] == CheckpointId(1, 30)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [b"", b"not JSON", b"[]", b"{}", b'{"parent": 7}', b'{"parent": {"generation": 1}}',
+     b'{"parent": {"generation": 1e999, "step": 1}}'],
+)  # fmt: skip
+def test_a_damaged_generation_record_is_an_error(tier: MemoryTier, record: bytes) -> None:
+    """A generation whose parent can't be read is an error with a hint: never a fresh start, never a wrong lineage."""
+    key = keys.generation_key(JOB, AT.generation)
+    tier.put(key, record)
+    with pytest.raises(DamagedError, match=key) as caught:
+        catalog.holdings(tier, JOB)
+    assert caught.value.hint
+
+
+# --- deleting ---------------------------------------------------------------------------------------------------
+
+
+class RecordingTier(MemoryTier):
+    """Remembers which calls change or list it, and can fail at one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, str]] = []
+        self.fails_at = ""
+
+    def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
+        super().put(key, data, create_only=create_only)
+
+    def delete(self, key: str) -> None:
+        self.calls.append(("delete", key))
+        if key == self.fails_at:
+            raise StoreError("no")
+        super().delete(key)
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        self.calls.append(("list", prefix))
+        return super().list(prefix)
+
+
+def test_delete_uncommits_first() -> None:
+    """The manifest goes before anything else is even looked at, and nothing of other checkpoints is touched."""
+    tier = RecordingTier()
+    commit(tier)
+    commit(tier, CheckpointId(2, 400))
+    catalog.delete(tier, JOB, AT)
+    assert tier.calls[0] == ("delete", keys.manifest_key(JOB, AT))
+    deleted = [key for call, key in tier.calls if call == "delete"]
+    assert sorted(deleted[1:]) == [keys.shard_key(JOB, AT, rank) for rank in range(RANKS)]
+    assert catalog.verify(tier, JOB, CheckpointId(2, 400)) == []
+    assert not list(tier.list(keys.checkpoint_prefix(JOB, AT)))
+
+
+def test_a_manifest_that_stays_keeps_its_shards() -> None:
+    """When the manifest can't be deleted, no shard is: a committed manifest never names a missing shard."""
+    tier = RecordingTier()
+    commit(tier)
+    tier.fails_at = keys.manifest_key(JOB, AT)
+    with pytest.raises(StoreError):
+        catalog.delete(tier, JOB, AT)
+    assert catalog.verify(tier, JOB, AT) == []
+
+
+def test_a_half_deleted_checkpoint_can_be_deleted_again() -> None:
+    """A delete that was interrupted after the manifest can be repeated, and leaves nothing."""
+    tier = RecordingTier()
+    commit(tier)
+    tier.fails_at = KEY
+    with pytest.raises(StoreError):
+        catalog.delete(tier, JOB, AT)
+    tier.fails_at = ""
+    catalog.delete(tier, JOB, AT)
+    assert tier.objects == {}

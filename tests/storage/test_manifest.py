@@ -1,0 +1,189 @@
+"""The manifest: what is written is read back, and everything that is not a complete manifest is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ckptd.errors import DamagedError
+from ckptd.storage import image, manifest
+from ckptd.storage.image import VALUES_NAME, TensorSpec
+from ckptd.storage.manifest import ShardContent
+from ckptd.types import CheckpointId
+from ckptd.version import __version__
+
+_DIGEST = st.text("0123456789abcdef", min_size=32, max_size=32)
+_IDS = st.builds(CheckpointId, st.integers(1, 10**6), st.integers(0, 10**12))
+
+
+def content(rank: int, specs: list[TensorSpec]) -> ShardContent:
+    """What a flush knows of a shard, with digests that tell rank and tensor."""
+    layout = image.plan(specs, 10, {})
+    return ShardContent(rank, layout, f"{rank:032x}", {span.name: f"{rank}{span.name}" for span in layout.spans})
+
+
+def document(ranks: int = 2) -> dict[str, Any]:
+    """A manifest of `ranks` shards with one tensor each."""
+    shards = [content(rank, [TensorSpec("weight", "F32", (2, 3))]) for rank in range(ranks)]
+    return manifest.build("gpt", CheckpointId(3, 40), CheckpointId(2, 30), shards, created_at=12.5, values={"loss": 0.25})
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    _IDS,
+    st.none() | _IDS,
+    st.lists(st.lists(st.sampled_from(["a", "b", "ä☃", "x" * 50]), unique=True), min_size=1, max_size=5),
+    st.floats(0, 1e12),
+    st.dictionaries(st.text(max_size=5), st.floats(allow_nan=False, allow_infinity=False), max_size=3),
+)
+def test_round_trip(
+    checkpoint: CheckpointId,
+    parent: CheckpointId | None,
+    names: list[list[str]],
+    created_at: float,
+    values: dict[str, float],
+) -> None:
+    """What was built and encoded is parsed back: names, parents, sizes, digests and values, for any set of ranks."""
+    shards = [content(rank, [TensorSpec(name, "F32", (rank,)) for name in mine]) for rank, mine in enumerate(names)]
+    built = manifest.build("gpt", checkpoint, parent, shards, created_at=created_at, values=values)
+    read = manifest.parse(manifest.encode(built), "here")
+    assert (read.job, read.id, read.parent, read.created_at) == ("gpt", checkpoint, parent, created_at)
+    assert read.world_size == len(names)
+    assert read.values == values
+    assert read.document == json.loads(json.dumps(built))
+    for shard, given_shard in zip(read.shards, shards, strict=True):
+        assert (shard.rank, shard.digest) == (given_shard.rank, given_shard.digest)
+        assert shard.size_bytes == given_shard.layout.image_bytes
+        assert shard.tensor_digests == given_shard.tensor_digests
+    assert read.size_bytes == sum(shard.layout.image_bytes for shard in shards)
+
+
+def test_it_is_the_documented_document() -> None:
+    """The manifest has the keys of format 1 that the design promises to readers that know only JSON."""
+    read = json.loads(manifest.encode(document()))
+    assert read["format"] == 1
+    assert read["complete"] is True
+    assert read["producer"] == {"ckptd": __version__}
+    assert read["parent"] == {"generation": 2, "step": 30}
+    assert [shard["file"] for shard in read["shards"]] == ["rank-00000.safetensors", "rank-00001.safetensors"]
+    assert set(read["tensors"]) == {"weight", VALUES_NAME}
+    weight = read["tensors"]["weight"]
+    assert (weight["dtype"], weight["shape"], weight["placement"]) == ("F32", [2, 3], "rank")
+    assert [chunk["shard"] for chunk in weight["chunks"]] == [0, 1]
+    begin, end = weight["chunks"][0]["byte_range"]
+    assert end - begin == 2 * 3 * 4
+
+
+def test_ranks_may_differ() -> None:
+    """Where ranks differ in shape or dtype, the tensor's own is null and each chunk says its shape."""
+    shards = [
+        content(0, [TensorSpec("shape", "F32", (2,)), TensorSpec("dtype", "F32", (2,)), TensorSpec("only-0", "U8", ())]),
+        content(1, [TensorSpec("shape", "F32", (3,)), TensorSpec("dtype", "F16", (2,))]),
+    ]
+    built = manifest.build("gpt", CheckpointId(1, 1), None, shards, created_at=0.0, values={})
+    tensors = built["tensors"]
+    assert (tensors["shape"]["shape"], tensors["shape"]["dtype"]) == (None, "F32")
+    assert [chunk["shape"] for chunk in tensors["shape"]["chunks"]] == [[2], [3]]
+    assert (tensors["dtype"]["shape"], tensors["dtype"]["dtype"]) == ([2], None)
+    assert [chunk["shard"] for chunk in tensors["only-0"]["chunks"]] == [0]
+    read = manifest.parse(manifest.encode(built), "here")
+    assert "only-0" not in read.shards[1].tensor_digests
+
+
+def test_shards_are_found_by_rank() -> None:
+    """`shards[rank]` is that rank's shard in whatever order the document lists them."""
+    mixed = document(3)
+    mixed["shards"] = [mixed["shards"][at] for at in (2, 0, 1)]
+    read = manifest.parse(manifest.encode(mixed), "here")
+    assert [shard.rank for shard in read.shards] == [0, 1, 2]
+    assert [shard.digest for shard in read.shards] == [f"{rank:032x}" for rank in range(3)]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\0" * 4096, b"not JSON", b'{"format": 1,', b"\xff\xfe", b"[" * 100_000, manifest.encode(document())[:-20]],
+    ids=["empty", "zeros", "text", "cut", "no text", "deep", "cut short"],
+)
+def test_what_is_not_json_is_damaged(data: bytes) -> None:
+    """A file that is no JSON is a `DamagedError` with its place and a hint, never a silent absence."""
+    with pytest.raises(DamagedError, match="the manifest here is not JSON") as caught:
+        manifest.parse(data, "here")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("key", sorted(set(document()) - {"producer"}))
+def test_a_missing_key_is_named(key: str) -> None:
+    """A manifest without one of its keys is damaged, and the message names place and key."""
+    lacking = document()
+    del lacking[key]
+    with pytest.raises(DamagedError, match=f"the manifest here lacks '{key}'"):
+        manifest.parse(manifest.encode(lacking), "here")
+
+
+def _changed(**fields: Any) -> dict[str, Any]:
+    return {**document(), **fields}
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "says"),
+    [
+        (_changed(format=2), "has format 2, this ckptd reads 1"),
+        (_changed(format="1"), "has format '1'"),
+        (_changed(complete=False), "does not say that it is complete"),
+        (_changed(complete="true"), "does not say that it is complete"),
+        (_changed(world_size=3), "the shards of all ranks"),
+        (_changed(world_size=1), "the shards of all ranks"),
+        (_changed(world_size=10**15), "the shards of all ranks"),
+        (_changed(shards=document()["shards"][:1]), ""),
+        (_changed(shards=[document()["shards"][0]] * 2), ""),
+        (_changed(shards=[]), ""),
+        (_changed(shards={}), ""),
+        (_changed(shards=[{"rank": 0}, {"rank": 1}]), "'file'"),
+        (_changed(tensors=[]), ""),
+        (_changed(tensors={"weight": {"chunks": [{"shard": 7, "digest": "x"}]}}), "7"),
+        (_changed(step=float("inf")), ""),
+        (_changed(step=None), ""),
+        (_changed(created_at="yesterday"), ""),
+        (_changed(created_at=10**400), ""),
+        (_changed(parent={}), "'generation'"),
+        (_changed(parent=7), ""),
+        (_changed(values=[1]), ""),
+        (_changed(values={"loss": "low"}), ""),
+    ],
+    ids=range(22),
+)
+def test_a_manifest_that_lies_is_damaged(spoiled: dict[str, Any], says: str) -> None:
+    """A wrong format, an incomplete list of ranks or a field of another type is a `DamagedError` that names the place."""
+    with pytest.raises(DamagedError, match="the manifest here") as caught:
+        manifest.parse(json.dumps(spoiled).encode(), "here")
+    assert says in caught.value.message
+
+
+@pytest.mark.parametrize("data", [b"[]", b"7", b"null", b'"text"'])
+def test_json_that_is_no_object_is_damaged(data: bytes) -> None:
+    """JSON of another kind is a `DamagedError` too."""
+    with pytest.raises(DamagedError, match="the manifest here"):
+        manifest.parse(data, "here")
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["rank", "chunks", "shard"]), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(document())), _JSON, max_size=3))
+@example({"world_size": float("inf")})
+@example({"world_size": 2**70})
+def test_any_json_raises_only_damaged_errors(changes: dict[str, Any]) -> None:
+    """Whatever JSON stands in the fields of a manifest, reading it works or raises a `DamagedError`."""
+    try:
+        manifest.parse(json.dumps({**document(), **changes}).encode(), "here")
+    except DamagedError as error:
+        assert "here" in error.message

@@ -31,7 +31,8 @@ def start(name, env):
     command = ["run", "--nproc", "2", "--every", EVERY, "--store", "runs", "--name", name, "--log-format", "console"]
     shown = f"ckptctl {' '.join(command)} -- examples/gpt.py --steps {STEPS}"
     say(f"\n$ {shown}")
-    return subprocess.Popen([*CKPTCTL, *command, "--", str(HERE / "gpt.py"), "--steps", str(STEPS)], env=env, cwd=env["DEMO"])
+    training = [str(HERE / "gpt.py"), "--steps", str(STEPS)]
+    return subprocess.Popen([*CKPTCTL, *command, "--", *training], env=env, cwd=env["DEMO"])
 
 
 def status(name, env):
@@ -62,7 +63,8 @@ def digest(job, env):
             with safe_open(newest.parent / shard["file"], "pt") as file:
                 for name in sorted(file.keys()):
                     if name.startswith(prefix):
-                        total.update(name.encode() + file.get_tensor(name).contiguous().view(-1).numpy().tobytes())
+                        values = file.get_tensor(name).contiguous().view(-1)
+                        total.update(name.encode() + values.numpy().tobytes())
         result[part] = total.hexdigest()
     return manifest["step"], result
 
@@ -89,7 +91,9 @@ def main():
 
         (step, killed), (other_step, whole) = digest("gpt", env), digest("gpt-uninterrupted", env)
         incidents = json.loads(
-            subprocess.run([*CKPTCTL, "incidents", "gpt", "--json"], env=env, capture_output=True, check=True).stdout
+            subprocess.run(
+                [*CKPTCTL, "incidents", "gpt", "--json"], env=env, capture_output=True, check=True
+            ).stdout
         )
         say(f"\n3. SHA-256 after step {step} of the killed run, and step {other_step} of the uninterrupted one:")
         for part in killed:

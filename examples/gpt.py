@@ -2,7 +2,7 @@
 
     ckptctl run --nproc 2 --every 5s --store ./runs -- examples/gpt.py --steps 300
 
-Plain PyTorch; the lines that ckptd needs are marked. The same script runs under torchrun, or as `python examples/gpt.py`.
+Plain PyTorch; the lines that ckptd needs are marked. The same script runs under torchrun or plain Python.
 Killed and resumed, it ends bit-identical to a run that was never interrupted.
 """
 
@@ -33,9 +33,8 @@ class Block(nn.Module):
 
     def forward(self, x):
         batch, length, width = x.shape
-        q, k, v = (
-            part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        )
+        parts = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in parts)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
         return x + self.mlp(self.norm2(x))

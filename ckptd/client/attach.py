@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptd.client.embedded import pick_framework, reach_agent
 from ckptd.client.framework import Framework
 from ckptd.client.guard import say
 from ckptd.client.run import Run, current_run
 from ckptd.client.session import Session
-from ckptd.errors import AgentError, ConfigError, ProtocolError, StateError
+from ckptd.errors import AgentError, CkptdError, ConfigError, ProtocolError, StateError
 from ckptd.protocol import endpoint
 from ckptd.protocol import messages as m
 
@@ -49,38 +50,84 @@ def begin(*, job: str | None, store: str | None, every: str | float | None, stri
 
     def bind(state: dict[str, Any]) -> None:
         try:
-            _join(run, state, rng=rng, options=_options(store, every), job=job)
+            place = _place(job)
+            channel, welcome = reach_agent(endpoint.socket_path(os.environ), may_start=not place.generation)
+            session = Session(channel)
+            try:
+                _join(
+                    run,
+                    session,
+                    place,
+                    state,
+                    target=pick_framework(welcome.frameworks),
+                    rng=rng,
+                    store=store,
+                    every=every,
+                )
+            except BaseException as error:
+                _give_up(session, place, error)
+                run._unprotect()  # noqa: SLF001 - the same package
+                raise
         except (AgentError, ProtocolError) as error:
-            run._unprotect()  # noqa: SLF001 - the same package
             if strict:
                 raise
             say(f"{error}")
             say("training goes on UNPROTECTED: nothing will be checkpointed")
             run.state = dict(state)
-        except BaseException:
-            run._unprotect()  # noqa: SLF001 - the same package
-            raise
 
     run._bind = bind  # noqa: SLF001 - the same package
     return run
 
 
-def _join(run: Run, state: dict[str, Any], *, rng: bool, options: dict[str, Any], job: str | None) -> None:
-    environ = os.environ
-    generation = int(environ.get("CKPTD_GENERATION", "0"))
-    rank, world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
-    name = job if job and not generation else environ.get("CKPTD_JOB") or job or _script_name()
-    channel, welcome = reach_agent(endpoint.socket_path(environ), may_start=not generation)
-    session = Session(channel)
-    try:
-        framework = load_framework(pick_framework(welcome.frameworks))
-        binding = framework.bind(state, rng=rng)
-        binding.prepare()  # what can't be captured is refused now, not an interval into the training
-        session.join(m.Join(name, rank, world_size, generation, {} if generation else options))
-    except BaseException:
-        session.close()
-        raise
-    run._begin(session, binding, (name, rank))  # noqa: SLF001 - the same package
+class _Place(NamedTuple):
+    """Which rank of which job this process is, as its environment says; `generation` is 0 without supervisor."""
+
+    job: str
+    rank: int
+    world_size: int
+    generation: int
+
+
+def _place(job: str | None) -> _Place:
+    generation = _number("CKPTD_GENERATION", 0)
+    # A supervisor has named the job already, and its name holds.
+    name = job if job and not generation else os.environ.get("CKPTD_JOB") or job or _script_name()
+    return _Place(name, _number("RANK", 0), _number("WORLD_SIZE", 1), generation)
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"the environment variable {variable} is {text!r}, which is no whole number")
+    return int(text)
+
+
+def _join(
+    run: Run,
+    session: Session,
+    place: _Place,
+    state: dict[str, Any],
+    *,
+    target: str,
+    rng: bool,
+    store: str | None,
+    every: str | float | None,
+) -> None:
+    binding = load_framework(target).bind(state, rng=rng)
+    binding.prepare()  # what can't be captured is refused now, not an interval into the training
+    options = {} if place.generation else _options(store, every)
+    session.join(m.Join(place.job, place.rank, place.world_size, place.generation, options))
+    run._begin(session, binding, (place.job, place.rank))  # noqa: SLF001 - the same package
+
+
+def _give_up(session: Session, place: _Place, error: BaseException) -> None:
+    """Tell the agent why this rank can't begin, if it still listens, and let go of everything."""
+    if isinstance(error, CkptdError) and not isinstance(error, (AgentError, ProtocolError)):
+        from ckptd.protocol.failure import describe  # noqa: PLC0415 - only a failing rank needs `traceback`
+
+        with contextlib.suppress(CkptdError):
+            session.tell(m.Raised(place.job, place.rank, place.generation, describe(error).to_json()))
+    session.close()
 
 
 def load_framework(target: str) -> Framework:

@@ -251,10 +251,10 @@ class Run:
         self._unprotect()
 
     def _report_exception(self, error: Exception) -> None:
-        from ckptd.client.failure import describe  # noqa: PLC0415 - only a failing rank needs `traceback`
+        from ckptd.protocol.failure import describe  # noqa: PLC0415 - only a failing rank needs `traceback`
 
         job, rank, generation = self._place
-        self._tell(m.Raised(job, rank, generation, describe(error)))
+        self._tell(m.Raised(job, rank, generation, describe(error).to_json()))
 
     def _tell(self, message: m.Message) -> None:
         if self._session is not None:

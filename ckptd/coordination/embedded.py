@@ -1,6 +1,7 @@
 """The coordinator of a single node: a table in SQLite and lock files, both in the state folder.
 
-SQLite makes compare-and-set hold between processes; `flock` makes a lease end with its holder, even by kill -9.
+SQLite makes compare-and-set hold between processes; `flock` makes a lease end with its holder, even by kill -9. The
+table is tiny and rarely written, so it does without WAL mode, which processes can't enter at the same moment.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from ckptd.coordination.coordinator import Versioned
@@ -36,15 +39,20 @@ class EmbeddedCoordinator:
         try:
             self._leases.mkdir(parents=True, exist_ok=True)
             with self._open() as database:
-                database.execute("PRAGMA journal_mode=WAL")
                 database.execute("CREATE TABLE IF NOT EXISTS items (key TEXT PRIMARY KEY, value TEXT, version INTEGER)")
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, StoreError) as error:
             raise StoreError(
                 f"can't use the state folder {home}: {error}", hint="set CKPTD_HOME to a folder of yours"
             ) from error
 
-    def _open(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._path, timeout=10, isolation_level=None)
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """Open the table for one operation; what SQLite has to complain about is a `StoreError`."""
+        try:
+            with closing(sqlite3.connect(self._path, timeout=10, isolation_level=None)) as database:
+                yield database
+        except sqlite3.Error as error:
+            raise StoreError(f"can't use {self._path}: {error}") from error
 
     def get(self, key: str) -> Versioned | None:
         """Return the current value of a key."""
@@ -67,7 +75,10 @@ class EmbeddedCoordinator:
     def lease(self, name: str, holder: str) -> FileLease:
         """Take a name until `release()` or the end of this process."""
         path = self._leases / f"{name}.lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StoreError(f"can't use the lease {path}: {error.strerror}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

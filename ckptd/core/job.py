@@ -195,6 +195,8 @@ class JobMachine:
                 return []  # it was sent before the kill that is on its way to it
             # A rank of the next incarnation may be here before the last exit of this one was seen.
             self._waiting[event.rank] = event.pid
+            if self.state is JobState.DRAINING and self._outcome[0] is JobEvent.FINISH:
+                self._move(JobEvent.AWAIT)  # its launcher does not call the job finished
             return self.begin() if self.state is JobState.PENDING else []
         generation.joined.add(event.rank)
         generation.pids.setdefault(event.rank, event.pid)  # a supervised rank may join from a child of its process
@@ -287,11 +289,16 @@ class JobMachine:
             return []
         generation.gone.add(event.rank)
         effects: list[Effect] = []
-        if event.evidence is not None and self.state in _LIVE:
-            effects += self._fail(event.evidence, event.last_lines, now)
-        elif event.evidence is not None and self.state is JobState.FENCED:
-            self.recovery.consequence(event.evidence)
-        elif event.evidence is not None and self.state is JobState.STOPPING and self._wake_at_s is not None:
+        evidence = event.evidence
+        if evidence is None and not self.spec.supervised and not generation.all_in(generation.joined):
+            # Nobody is let go before all have left, so its launcher has ended it.
+            summary = f"rank {event.rank} ended before every rank had joined"
+            evidence = Evidence("exit", "vanished", event.rank, 1.0, summary, now.s)
+        if evidence is not None and self.state in _LIVE:
+            effects += self._fail(evidence, event.last_lines, now)
+        elif evidence is not None and self.state is JobState.FENCED:
+            self.recovery.consequence(evidence)
+        elif evidence is not None and self.state is JobState.STOPPING and self._wake_at_s is not None:
             effects += self._terminate(now)  # the others would wait for the dead one
         if self._nobody_left(generation):
             effects += self._all_gone(now)
@@ -326,8 +333,12 @@ class JobMachine:
                 self._move(JobEvent.GONE)
                 return self._drain(now)
             case JobState.STARTING | JobState.RUNNING:
+                effects = self.keeper.abandon("training ended before it", now.s)
+                if self._waiting:
+                    self._move(JobEvent.AWAIT)
+                    return effects + self.begin()
                 self._move(JobEvent.COMPLETE)
-                return self.keeper.abandon("training ended before it", now.s) + self._drain(now)
+                return effects + self._drain(now)
         return []
 
     def _decide(self, now: Now) -> list[Effect]:
@@ -348,7 +359,7 @@ class JobMachine:
 
     def _restore_failed(self, event: e.RestoreFailed) -> list[Effect]:
         fields = {"rank": event.rank, "step": event.id.step, "error": str(event.error)}
-        if isinstance(event.error, DamagedError):
+        if isinstance(event.error, DamagedError) and self.state is not JobState.PREPARING:  # then it is decided already
             self.offers.refused.add(event.id)
             self.keeper.book.refuse(event.id)
         return [Log("restore failed", fields, level="error")]

@@ -55,11 +55,13 @@ JOB_TABLE: TransitionTable[JobState, JobEvent] = TransitionTable(
         JobState.STARTING: {
             JobEvent.TRAINING: JobState.RUNNING,
             JobEvent.FAIL: JobState.FENCED,
+            JobEvent.AWAIT: JobState.PENDING,
             JobEvent.COMPLETE: JobState.DRAINING,
             JobEvent.STOP: JobState.STOPPING,
         },
         JobState.RUNNING: {
             JobEvent.FAIL: JobState.FENCED,
+            JobEvent.AWAIT: JobState.PENDING,
             JobEvent.COMPLETE: JobState.DRAINING,
             JobEvent.STOP: JobState.STOPPING,
         },
@@ -73,6 +75,7 @@ JOB_TABLE: TransitionTable[JobState, JobEvent] = TransitionTable(
         JobState.BACKOFF: {JobEvent.RETRY: JobState.PREPARING, JobEvent.STOP: JobState.STOPPING},
         JobState.STOPPING: {JobEvent.GONE: JobState.DRAINING},
         JobState.DRAINING: {
+            JobEvent.AWAIT: JobState.PENDING,
             JobEvent.FINISH: JobState.FINISHED,
             JobEvent.GIVE_UP: JobState.FAILED,
             JobEvent.HALT: JobState.STOPPED,

@@ -54,7 +54,8 @@ async def _serve(config: AgentConfig, *, embedded: bool) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    agent = Agent(config, foreground=False, on_agent_loss="end" if embedded else "keep")
+    # Until an agent can take over the ranks of a dead one, ranks that it left behind would train unprotected.
+    agent = Agent(config, foreground=False, on_agent_loss="end")
     get_logger().info("agent started", socket=str(config.socket), pid=os.getpid(), plugins=agent.plugins.loaded)
     notify("READY=1\nSTATUS=serving")
     idle = loop.create_task(_until_idle(agent, stop)) if embedded else None

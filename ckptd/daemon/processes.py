@@ -15,11 +15,11 @@ from ckptd.config import JobConfig
 from ckptd.core import events as e
 from ckptd.daemon.launcher import LauncherProcess
 from ckptd.daemon.output import OutputFollower, last_lines, output_paths
-from ckptd.errors import CkptdError, ConfigError, JobFailedError, from_json
+from ckptd.errors import CkptdError, ConfigError, JobFailedError, ProtocolError, from_json
 from ckptd.launcher.environment import free_port, job_env, rank_env
 from ckptd.log import Logger
 from ckptd.plugin.manager import PluginManager
-from ckptd.protocol.messages import Exited, Kill, Message, Ready, Spawn, Spawned, SpawnFailed
+from ckptd.protocol.messages import Exited, Kill, Message, Ready, Spawn, Spawned, SpawnFailed, check_version
 from ckptd.types import Evidence, RaisedException, RankExit
 
 Feed = Callable[[e.Input], None]
@@ -158,8 +158,15 @@ class Processes:
     def _received(self, message: Message) -> None:
         match message:
             case Ready():
+                try:
+                    check_version(message.version, f"the ckptd of {self._config.python}")
+                except ProtocolError as error:
+                    self._feed(e.SetupFailed(error))
+                    return
                 self._ready = True
-                self._log.info("launcher ready", import_s=round(message.seconds, 3), preloaded=",".join(self._config.preload))
+                self._log.info(
+                    "launcher ready", import_s=round(message.seconds, 3), preloaded=",".join(self._config.preload)
+                )
                 for name, reason in message.skipped.items():
                     self._log.warning("module not preloaded", module=name, reason=reason)
                 self._spawn()

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from types import CodeType, TracebackType
 
 from ckptd.errors import CkptdError
 from ckptd.protocol.channel import open_channel
+from ckptd.protocol.failure import describe
 from ckptd.protocol.messages import Raised
-from ckptd.types import RaisedException
 
 _DEADLINE_S = 2.0
-_TRACEBACK_BYTES = 64 * 1024
-_MESSAGE_BYTES = 8 * 1024
 
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 
@@ -75,31 +72,9 @@ def tell(error: BaseException) -> None:
             channel.close()
 
 
-def describe(error: BaseException) -> RaisedException:
-    """Return an exception as text of bounded size, keeping the end of the traceback, where the cause is."""
-    kind = type(error)
-    place = "" if kind.__module__ in {"builtins", "__main__"} else f"{kind.__module__}."
-    picture = traceback.TracebackException(kind, error, error.__traceback__)
-    ours = isinstance(error, CkptdError)
-    return RaisedException(
-        type=place + kind.__qualname__,
-        message=_head(error.message if isinstance(error, CkptdError) else str(picture)),
-        traceback=_tail("".join(picture.format())),
-        error=error.to_json() if isinstance(error, CkptdError) and ours else None,
-    )
-
-
 def _below(trace: TracebackType | None, code: CodeType) -> TracebackType | None:
     while trace is not None:
         found, trace = trace.tb_frame.f_code is code, trace.tb_next
         if found:
             break
     return trace
-
-
-def _head(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace")[:_MESSAGE_BYTES].decode("utf-8", "ignore")
-
-
-def _tail(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace")[-_TRACEBACK_BYTES:].decode("utf-8", "ignore")

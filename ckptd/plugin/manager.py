@@ -19,6 +19,9 @@ GROUP = "ckptd"
 CALL_LIMIT_S = 1.0
 FAULTS_BEFORE_QUARANTINE = 3
 
+_ANYTHING = (Exception, SystemExit)
+"""What foreign code may raise, even in answer to a simple question."""
+
 Result = TypeVar("Result")
 Report = Callable[[str, str], None]
 
@@ -41,9 +44,9 @@ class PluginManager:
         for entry in entry_points(group=GROUP) if found is None else found:
             if entry.name not in self.blocked:
                 self._load(entry)
-        self.tiers: list[TierFactory] = self._collect("ckptd_tiers")
-        self.detectors: list[Detector] = self._collect("ckptd_detectors")
-        self.frameworks: list[FrameworkSpec] = self._collect("ckptd_frameworks")
+        self.tiers: list[TierFactory] = self._collect("ckptd_tiers", _is_tier_factory)
+        self.detectors: list[Detector] = self._collect("ckptd_detectors", _is_detector)
+        self.frameworks: list[FrameworkSpec] = self._collect("ckptd_frameworks", _is_framework_spec)
 
     def _load(self, entry: EntryPoint) -> None:
         if entry.name in self.loaded:
@@ -51,14 +54,14 @@ class PluginManager:
         try:
             self._pluggy.register(entry.load(), name=entry.name)
             self._pluggy.check_pending()
-        except Exception as error:  # noqa: BLE001 - a foreign module may raise anything while it is imported
+        except _ANYTHING as error:  # a foreign module may raise anything while it is imported
             if self._pluggy.has_plugin(entry.name):
                 self._pluggy.unregister(name=entry.name)
             self._fail(entry.name, f"{type(error).__name__}: {error}")
         else:
             self.loaded.append(entry.name)
 
-    def _collect(self, hook: str) -> list[Result]:
+    def _collect(self, hook: str, fits: Callable[[object], bool]) -> list[Result]:
         """Call a hook plugin by plugin, so that one that raises costs nobody else's objects."""
         found: list[Result] = []
         for name in self.loaded:
@@ -67,9 +70,14 @@ class PluginManager:
             if function is None:
                 continue
             try:
-                found += function()
-            except Exception as error:  # noqa: BLE001 - foreign code
+                objects = list(function())
+                for item in objects:
+                    if not fits(item):
+                        raise TypeError(f"{item!r} is nothing to register there")
+            except _ANYTHING as error:
                 self._fail(name, f"{hook}: {type(error).__name__}: {error}")
+            else:
+                found += objects
         return found
 
     def _fail(self, name: str, problem: str) -> None:
@@ -81,15 +89,17 @@ class PluginManager:
         scheme = url.split("://", 1)[0] if "://" in url else ""
         for factory in self.tiers:
             if scheme in factory.schemes:
-                return factory.open(url)
-        known = ", ".join(sorted({f"{name}://" for tier in self.tiers for name in tier.schemes if name})) or "none"
+                return _open(factory, url)
+        schemes = {name for factory in self.tiers for name in factory.schemes}
+        known = ", ".join(sorted(f"{name}://" for name in schemes if name)) or "none"
         raise PluginError(
-            f"no plugin opens {scheme}:// stores", hint=f"known schemes: {known}; plain paths are local folders"
+            f"no plugin opens {f'{scheme}:// stores' if scheme else 'plain paths'}",
+            hint=f"known schemes: {known}" + ("; plain paths are local folders" if "" in schemes else ""),
         )
 
     def evidence(self, end: RankExit) -> Evidence | None:
         """Ask every detector about the end of a rank and return the surest claim."""
-        claims = [self.guarded(item.name, item.on_exit, end) for item in self.detectors]
+        claims = [self.guarded(item.name, _judge, item, end) for item in self.detectors]
         return max((claim for claim in claims if claim is not None), key=lambda claim: claim.certainty, default=None)
 
     def guarded(self, name: str, function: Callable[..., Result | None], *arguments: object) -> Result | None:
@@ -99,9 +109,7 @@ class PluginManager:
         begin_s = time.monotonic()
         try:
             result = function(*arguments)
-        except CkptdError:
-            raise
-        except Exception as error:  # noqa: BLE001 - foreign code
+        except _ANYTHING as error:
             self._fault(name, f"{type(error).__name__}: {error}")
             return None
         took_s = time.monotonic() - begin_s
@@ -114,3 +122,31 @@ class PluginManager:
         if self._faults[name] == FAULTS_BEFORE_QUARANTINE:
             problem += f"; that was fault {FAULTS_BEFORE_QUARANTINE}: it is not called any more"
         self._fail(name, problem)
+
+
+def _is_tier_factory(item: object) -> bool:
+    return isinstance(item, TierFactory)
+
+
+def _is_framework_spec(item: object) -> bool:
+    return isinstance(item, FrameworkSpec)
+
+
+def _is_detector(item: object) -> bool:
+    return isinstance(getattr(item, "name", None), str) and callable(getattr(item, "on_exit", None))
+
+
+def _judge(detector: Detector, end: RankExit) -> Evidence | None:
+    claim = detector.on_exit(end)
+    if claim is not None and not isinstance(claim, Evidence):
+        raise TypeError(f"{claim!r} is no evidence")
+    return claim
+
+
+def _open(factory: TierFactory, url: str) -> Tier:
+    try:
+        return factory.open(url)
+    except CkptdError:
+        raise
+    except _ANYTHING as error:
+        raise PluginError(f"tier {factory.name} can't open {url}: {type(error).__name__}: {error}") from error

@@ -231,6 +231,7 @@ class Ready(Message):
     seconds: float
     preloaded: list[str]
     skipped: dict[str, str]
+    version: int = PROTOCOL_VERSION
 
 
 class Spawn(Message):
@@ -258,7 +259,7 @@ class SpawnFailed(Message):
 
 
 class Kill(Message):
-    """Send `signal` to every rank's process group; with SIGKILL also to whatever else descends from the ranks."""
+    """Send `signal` to every rank's process group. What else descends from ranks ends with the last of them."""
 
     signal: int
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from ckptd.errors import DamagedError, FencedError, NotFoundError, StoreError
 from ckptd.storage import catalog, image, keys, manifest
@@ -183,7 +184,7 @@ class TierSuite:
         only_if(tier.capabilities.create_only_put, "the tier declares no create-only put")
         for turn in range(10):
             key = f"races/{turn}"
-            errors = _at_once(self.racers, lambda number, key=key: tier.put(key, b"%d" % number, create_only=True))
+            errors = _at_once(self.racers, partial(_claim, tier, key))
             winners = [number for number, error in enumerate(errors) if error is None]
             assert len(winners) == 1, f"{len(winners)} of {self.racers} created {key}"
             assert tier.get(key) == b"%d" % winners[0]
@@ -301,6 +302,10 @@ def _at_once(count: int, work: Callable[[int], None]) -> list[BaseException | No
     with ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(run, number) for number in range(count)]
     return [future.exception() for future in futures]
+
+
+def _claim(tier: Tier, key: str, number: int) -> None:
+    tier.put(key, b"%d" % number, create_only=True)
 
 
 def _raise_first(errors: Iterable[BaseException | None]) -> None:

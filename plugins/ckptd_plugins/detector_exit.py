@@ -21,7 +21,8 @@ class ExitDetector:
             number = -end.returncode
             return self._evidence(end, "signal", f"rank {end.rank} was killed by {_name(number)}", number)
         if end.exception is not None:
-            said = f": {end.exception.message}" if end.exception.message else ""
+            first = next(iter(end.exception.message.strip().splitlines()), "")  # the rest stays with the exception
+            said = f": {first}" if first else ""
             return self._evidence(end, "exception", f"rank {end.rank} raised {end.exception.type}{said}")
         return self._evidence(end, "exit", f"rank {end.rank} ended with exit code {end.returncode}")
 

@@ -20,6 +20,7 @@ STEPS = 600
 KILLS = 20
 EVERY_S = 0.3
 PAUSE = "--pause=0.005"
+MOMENTS = ("any", "capture", "flush", "any")
 WIDTH = "--width=20000"  # some 10 MiB of state a rank: captures and flushes take long enough to be hit
 
 
@@ -44,9 +45,12 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
         world.finish(world.run("train.py", STEPS, WIDTH, options=options))
         run = world.run("train.py", STEPS, WIDTH, PAUSE, every=f"{EVERY_S}s", options=("--name", "killed"))
         world.until_training("killed", 1)
-        kills = 0
+        kills, hits = 0, dict.fromkeys(MOMENTS, 0)
         while kills < KILLS:
+            moment = MOMENTS[kills % len(MOMENTS)]
             time.sleep(random_.expovariate(1 / 0.4))
+            if not _wait_for(moment, world):
+                continue
             now = world.status("killed")
             assert run.poll() is None, world.output(run)[-4000:]
             if now is None or now["state"] != "running" or now["step"] > STEPS - 15:
@@ -54,13 +58,28 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
                 continue
             world.kill_rank("killed", random_.randrange(2), signal.SIGKILL)
             kills += 1
+            hits[moment] += 1
             until(lambda n=kills: len(world.incidents_now("killed")) >= n, "the incident")
         world.finish(run)
         assert world.tensors("killed") == world.tensors("quiet")
         _judge(world)
+        print(json.dumps({"moments": hits}))
         world.until_empty(patience_s=20)
     finally:
         world.close()
+
+
+def _wait_for(moment: str, world: World) -> bool:
+    """Wait a little for a capture or a flush to be under way; every rank is hit at any moment otherwise."""
+    end_s = time.monotonic() + 2
+    while moment != "any" and time.monotonic() < end_s:
+        if moment == "flush" and any((world.store / "killed").glob("g*/s*/.tmp-*")):
+            return True
+        if moment == "capture":
+            now = world.status("killed")
+            if now is not None and any(rank["state"] == "capturing" for rank in now["ranks"]):
+                return True
+    return moment == "any"
 
 
 def _judge(world: World) -> None:

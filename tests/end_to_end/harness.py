@@ -63,10 +63,29 @@ class World:
         """Return what a process has printed so far."""
         return (self.folder / f"output-{self._started.index(process)}.txt").read_text()
 
-    def run(self, script: str, *arguments: object, nproc: int = 2, every: str = "200ms", options: tuple[str, ...] = (), **env: str):
+    def run(
+        self,
+        script: str,
+        *arguments: object,
+        nproc: int = 2,
+        every: str = "200ms",
+        options: tuple[str, ...] = (),
+        **env: str,
+    ):
         """Start `ckptctl run` on a script of the scripts folder."""
         path = script if os.path.isabs(script) else str(SCRIPTS / script)
-        command = ["run", "--nproc", str(nproc), "--every", every, "--store", str(self.store), "--log-format", "json", *options]
+        command = [
+            "run",
+            "--nproc",
+            str(nproc),
+            "--every",
+            every,
+            "--store",
+            str(self.store),
+            "--log-format",
+            "json",
+            *options,
+        ]
         return self.ctl_popen(*command, "--", path, *map(str, arguments), **env)
 
     def ctl_popen(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
@@ -89,7 +108,9 @@ class World:
     def finish(self, process: subprocess.Popen[str], code: int = 0) -> str:
         """Wait for a process, check its exit code, and return its output."""
         process.wait(PATIENCE_S)
-        assert process.returncode == code, f"exit code {process.returncode}, not {code}:\n{self.output(process)[-6000:]}"
+        assert process.returncode == code, (
+            f"exit code {process.returncode}, not {code}:\n{self.output(process)[-6000:]}"
+        )
         return self.output(process)
 
     def status(self, job: str) -> dict[str, Any] | None:
@@ -101,7 +122,9 @@ class World:
             journal.close()
         return None if entry is None else current(entry)
 
-    def until_training(self, job: str, step: int = 1, *, committed: bool = False, generation: int = 1) -> dict[str, Any]:
+    def until_training(
+        self, job: str, step: int = 1, *, committed: bool = False, generation: int = 1
+    ) -> dict[str, Any]:
         """Wait until a job has finished `step` in at least that generation, and has a checkpoint if asked for."""
 
         def there() -> dict[str, Any] | None:

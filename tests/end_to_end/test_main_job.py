@@ -56,7 +56,9 @@ def test_a_run_checkpoints_and_every_verb_answers_after_it(world: World) -> None
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_costs_at_most_an_interval(world: World, rank: int, uninterrupted: tuple[int, dict[str, str]]) -> None:
+def test_a_killed_rank_costs_at_most_an_interval(
+    world: World, rank: int, uninterrupted: tuple[int, dict[str, str]]
+) -> None:
     """After kill -9 of a rank the job restarts from memory and ends bit-identical to the uninterrupted run."""
     run = world.run("train.py", STEPS, PAUSE)
     world.until_training("train", 40, committed=True)

@@ -89,6 +89,11 @@ def test_state_that_can_not_be_captured_names_its_key(world: World) -> None:
     assert "extra.list.1" in last_words(output)
     assert "lock" in last_words(output)
     assert len(world.incidents("refused")) == 1
+    output = world.finish(
+        world.run("refused.py", "lock", nproc=1, options=("--no-preload", "--name", "executed")), code=7
+    )
+    assert "extra.list.1" in output.splitlines()[-2]
+    assert len(world.incidents("executed")) == 1
 
 
 def test_a_model_of_another_shape_is_refused(world: World) -> None:

@@ -77,7 +77,8 @@ class ModelAgent:
             if not isinstance(event, (e.Tick, e.Progress)) or effects:
                 self.node.note("in", event)
             self._carry_out(effects)
-            self.node.witness.after(event, self)
+            if self.alive:
+                self.node.witness.after(event, self)
         self._busy = False
 
     def _now(self) -> Now:
@@ -95,7 +96,10 @@ class ModelAgent:
     def received(self, process: RankProcess, message: Any) -> None:
         """Handle what a rank says; what a closed connection still held is lost."""
         if isinstance(message, tuple) and message[0] == "join":
-            self._join(process, message[1])
+            if self.end is not None and self is not self.node.agent:
+                process.turn_to(self.node.agent)  # the job was over: the agent runs it anew
+            else:
+                self._join(process, message[1])
         elif process not in self.connections:
             return
         elif isinstance(message, tuple) and message[0] == "reserve":

@@ -100,7 +100,7 @@ class Faults:
         node = self._node
         safe = [item for item in node.witness.intact if item not in node.witness.leaving]
         safe = [item for item in safe if item not in self._memory_flipped]
-        if len(safe) < 2 or node.witness.at_most is not None:
+        if len(safe) < 2 or node.witness.at_most is not None or node.witness.commit_unknown:
             return False
         target = node.rng.choice(safe[-2:])
         node.note("fault", f"a shard of {target} is damaged")
@@ -111,7 +111,7 @@ class Faults:
         node, witness = self._node, self._node.witness
         in_memory = witness.usable(witness.memory)
         safe = [item for item in witness.intact if item not in witness.leaving and item not in self._memory_flipped]
-        if not in_memory or in_memory[-1] not in safe[1:] or witness.at_most is not None:
+        if not in_memory or in_memory[-1] not in safe[1:] or witness.at_most is not None or witness.commit_unknown:
             return False
         newest = in_memory[-1]
         if newest not in node.agent.known_digests:

@@ -84,51 +84,44 @@ class ForeignLauncher:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.alive = True
-        self.finished = False
+        self._restarting = False
         self._incarnation = 0
         self._ranks: list[RankProcess] = []
-        self._restarting = False
-        node.clock.start(self, "launcher", self._start())
+        self.begin_again()
 
-    def _start(self) -> Steps:
-        rng = self.node.rng
-        if self.node.agent.alive is False:
-            yield self.node.agent_back
-        self._restarting = False
-        collective = Collective(self.node)
+    def begin_again(self) -> None:
+        """Kill what there is and start all ranks: after a death, or because somebody runs the same command again."""
         self._incarnation += 1
-        incarnation = self._incarnation
-        self._ranks = []
+        self._restarting = True
+        self.node.clock.start(self, "launcher", self._kill_and_start(self._incarnation), self.node.rng.uniform(0, 0.3))
+
+    def _kill_and_start(self, incarnation: int) -> Steps:
+        rng = self.node.rng
+        for process in self._ranks:
+            process.kill(15)
+        yield rng.uniform(0, 0.3)
+        if not self.node.agent.alive:
+            yield self.node.agent_back
+        if incarnation != self._incarnation:
+            return
+        self._ranks, self._restarting = [], False
+        collective = Collective(self.node)
         for rank in range(self.node.options.world_size):
-            if self._restarting or incarnation != self._incarnation:
-                return
             self._ranks.append(RankProcess(self.node, rank, self.node.next_pid(), 0, collective))
             yield rng.choice((0.0, 0.0, 0.5)) * rng.random()
+            if incarnation != self._incarnation:
+                return
 
     def rank_ended(self, process: RankProcess) -> None:
         """See the end of a rank; the agent sees it too, through its own pidfd."""
-        if process not in self._ranks:
-            return
-        if process.returncode != 0:
-            self._restart()
-        elif len(self._ranks) == self.node.options.world_size and all(rank.returncode == 0 for rank in self._ranks):
-            self.finished = True
+        if process in self._ranks and process.returncode != 0 and not self._restarting:
+            self.begin_again()
 
-    def _restart(self) -> None:
-        if self._restarting or not self.alive:
-            return
-        self._restarting = True
-        self.node.clock.start(self, "launcher", self._kill_and_start(), self.node.rng.uniform(0, 0.3))
-
-    def _kill_and_start(self) -> Steps:
-        for process in self._ranks:
-            process.kill(15)
-        yield self.node.rng.uniform(0, 0.3)
-        yield from self._start()
-
-    def begin_again(self) -> None:
-        """Somebody runs the same command again."""
-        self._restart()
+    @property
+    def finished(self) -> bool:
+        """Whether every rank ended well."""
+        complete = len(self._ranks) == self.node.options.world_size
+        return complete and all(process.returncode == 0 for process in self._ranks)
 
     @property
     def ranks(self) -> dict[int, RankProcess]:

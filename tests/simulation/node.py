@@ -127,6 +127,9 @@ class Node:
         if end.error is not None:
             witness.require(witness.hopeless(), f"the job ends with an error: {end.error}")
         elif end.outcome == JobState.FINISHED.value:
+            if self.foreign is not None and not self.foreign.finished:
+                self._start_agent()  # its launcher has restarted a rank after the last commit: they come back
+                return
             witness.job_finished()
             self.finished = True
             return

@@ -11,6 +11,7 @@ from tests.simulation.clock import Channel, Signal, Steps
 from tests.simulation.memory import NEVER, PARTS, Cell, Page, Slot, advance, state_after
 
 if TYPE_CHECKING:
+    from tests.simulation.agent import ModelAgent
     from tests.simulation.node import Node
 
 FINAL_SLOT_DEADLINE_S = 120.0
@@ -73,7 +74,7 @@ class RankProcess:
         self._handled = NEVER
         self._captured_step = -1
         self._size = 1
-        node.clock.start(self, "rank", self._life(), node.rng.uniform(0.01, 0.3))
+        node.clock.start(self, "rank", self._life(), node.rng.uniform(0.1, 0.3))
 
     def __repr__(self) -> str:
         return f"rank {self.rank} (pid {self.pid})"
@@ -129,6 +130,12 @@ class RankProcess:
         self._call = Signal(self.node.clock)
         self.tell(message)
         return (yield self._call)
+
+    def turn_to(self, agent: ModelAgent) -> None:
+        """Ask another supervisor for the rank's place."""
+        self._agent = agent
+        self._channel = Channel(self.node.clock, agent, "message", self.node.latency_s)
+        self.tell(("join", self.generation))
 
     def tell(self, message: object) -> None:
         """Send something to the agent."""

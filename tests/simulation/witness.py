@@ -51,6 +51,8 @@ class Witness:
         self._flushed: CheckpointId | None = None
         self._flushing: list[Slot] = []
         self._flush_open = False
+        self.commit_unknown = False
+        """Whether a manifest stands on the disk of which the machine has not heard, so it has not pruned for it."""
         self._incidents: dict[int, Incident] = {}
         self._just_closed: list[Incident] = []
         self._finished: dict[int, tuple[int, int]] = {}
@@ -100,9 +102,13 @@ class Witness:
                 for slot in slots:
                     self._check_content(tuple(slot.cells), slot.rank, event.source.id, "fetched")
             case e.RestoreFailed():
-                self.refused.add(event.id)
+                if agent.machine.state is not JobState.PREPARING:  # too late: the next one has begun with it
+                    self.refused.add(event.id)
+            case e.Committed():
+                self._flush_known(event.id)
             case e.FlushFailed():
                 self.flush_failures[event.id] = self.flush_failures.get(event.id, 0) + 1
+                self._flush_known(event.id)
             case e.Claimed():
                 self._starts(event.generation)
             case _:
@@ -128,8 +134,16 @@ class Witness:
             self.chain.append(sealed)
             self.newest = sealed
 
+    def _flush_known(self, flushed: CheckpointId) -> None:
+        """Let go of what was flushed, unless it is the newest."""
+        self._flushed = None
+        if any(item > flushed for item in self.usable(self.memory)):
+            del self.memory[flushed]
+
     def after(self, event: e.Input, agent: ModelAgent) -> None:
         """Look what the machine made of an event."""
+        if isinstance(event, e.Committed):
+            self.commit_unknown = False
         state = agent.machine.state
         if isinstance(event, e.RestartWanted) and state is JobState.FENCED and not self._over:
             self.at_most = event.step
@@ -218,11 +232,10 @@ class Witness:
         self._flushed, self._flushing = order.id, slots
 
     def flush_ends(self, order: e.Flush, *, committed: bool) -> None:
-        """Note the end of a flush; what it read may go now, unless it is the newest."""
+        """Note the end of a flush: its slots are not read any more. The agent will know of it later."""
         self._flush_open = False
-        self._flushed, self._flushing = None, []
-        if any(item > order.id for item in self.usable(self.memory)):
-            del self.memory[order.id]
+        self._flushing = []
+        self.commit_unknown = committed
 
     def checkpoint_leaves(self, checkpoint: CheckpointId) -> None:
         """Check that a checkpoint may be removed: something newer of the lineage is committed."""
@@ -271,7 +284,7 @@ class Witness:
         self.at_most = None
         self.newest = None
         self._over = True
-        self._flush_open = False
+        self._flush_open = self.commit_unknown = False
         self._flushed, self._flushing = None, []
         self._starts_in_life = 0
 

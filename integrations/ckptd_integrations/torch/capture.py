@@ -124,9 +124,8 @@ class TorchImage:
     def write(self, slot: memoryview) -> None:
         """Write the complete shard image to the start of `slot`.
 
-        Header first, values last, so that a slot whose writer died midway never holds a later header over earlier
-        values unnoticed. No view of `slot` outlives the call. Raises `StateError` when a tensor got other memory
-        after `prepare`.
+        No view of `slot` outlives the call. What a writer that dies midway leaves is no image: only sealing makes it
+        one. Raises `StateError` when a tensor got other memory after `prepare`.
         """
         # Addresses are not checked by anybody later.
         fits = slot.nbytes >= self.image_bytes and slot.contiguous and not slot.readonly

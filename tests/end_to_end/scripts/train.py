@@ -1,6 +1,6 @@
 """A small DDP training with everything that has state: dropout, momentum, a scheduler, a loader, a plain value.
 
-    train.py STEPS [--pause S] [--raise-at STEP] [--width N] [--die-in-capture STEP --rank R]
+train.py STEPS [--pause S] [--raise-at STEP] [--width N] [--die-in-capture STEP --rank R]
 """
 
 import argparse

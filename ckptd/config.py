@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ckptd.units import parse_duration, parse_size
 
 DEFAULT_PRELOAD = ("torch",)
 MAX_NPROC = 1024
+_EXAMPLE = 'a job looks like: command = ["train.py", "--steps", "10"], store = "runs", nproc = 2, every = "30s"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class AgentConfig:
             home=Path(endpoint.home(environ)),
             socket=Path(endpoint.socket_path(environ)),
             memory_max_bytes=parse_size(environ.get("CKPTD_MEMORY_MAX", "0"), "CKPTD_MEMORY_MAX"),
-            blocked_plugins=tuple(name for name in environ.get("CKPTD_PLUGINS_BLOCK", "").split(",") if name),
+            blocked_plugins=tuple(filter(None, map(str.strip, environ.get("CKPTD_PLUGINS_BLOCK", "").split(",")))),
             log_format=log_format,
         )
 
@@ -67,7 +69,7 @@ class JobConfig:
         """Refuse what can't run, before anything is started."""
         check_job(self.name)
         _require(1 <= self.nproc <= MAX_NPROC, f"nproc is {self.nproc}", f"it must be from 1 to {MAX_NPROC}")
-        _require(self.every_s > 0, f"every is {self.every_s:g} s", "it must be longer than nothing")
+        _require(0 < self.every_s < math.inf, f"every is {self.every_s:g} s", "it must be longer than nothing")
         _require(self.keep_last >= 1, f"keep_last is {self.keep_last}", "at least 1 checkpoint must stay")
         _require(self.max_restarts >= 0, f"max_restarts is {self.max_restarts}", "0 means that no restart is made")
         _require(2 <= self.slots <= 8, f"slots is {self.slots}", "from 2 to 8: one sealed while another is written")
@@ -87,24 +89,20 @@ class JobConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> JobConfig:
         """Rebuild what `to_json` wrote; raises `ConfigError` that names the field that does not fit."""
-        known = {item.name: item for item in dataclasses.fields(cls)}
-        for key in data:
-            _require(key in known, f"a job has no setting {key!r}", f"known are {', '.join(known)}")
-        values = dict(data)
-        try:
-            for key in ("command", "preload"):
-                if key in values:
-                    values[key] = tuple(_strings(values[key], key))
-            values["nproc"] = _whole(values.get("nproc", 1), "nproc")
-            return cls(**values)
-        except TypeError as error:
-            raise ConfigError(f"the job's settings are incomplete: {error}") from error
+        for key, value in data.items():
+            _require(key in _SHAPES, f"a job has no setting {key!r}", f"known are {', '.join(_SHAPES)}")
+            shape, fits = _SHAPES[key]
+            _require(fits(value), f"{key} must be {shape}, not {value!r}", _EXAMPLE)
+        for key in ("name", "command", "store"):
+            _require(key in data, f"the job's settings lack {key!r}", _EXAMPLE)
+        values: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in data.items()}
+        return cls(**values)
 
 
 def load_job_file(path: Path) -> JobConfig:
     """Read a job from a TOML file; its relative paths are seen from the file's folder."""
     try:
-        data = tomllib.loads(path.read_text())
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -115,9 +113,11 @@ def load_job_file(path: Path) -> JobConfig:
     if data.get("preload") is False:
         data["preload"] = []
     folder = path.absolute().parent
-    data["cwd"] = str(folder / data.get("cwd", "."))
-    if "store" in data:
-        data["store"] = absolute_store(str(data["store"]), folder)
+    cwd = data.setdefault("cwd", ".")
+    if isinstance(cwd, str):
+        data["cwd"] = str(folder / cwd)
+    if isinstance(data.get("store"), str):
+        data["store"] = absolute_store(data["store"], folder)
     _require(
         bool(data.get("command")), f"{path} names no command", 'write it like command = ["train.py", "--steps", "10"]'
     )
@@ -134,13 +134,38 @@ def _require(holds: bool, message: str, hint: str) -> None:
         raise ConfigError(message, hint=hint)
 
 
-def _strings(value: object, key: str) -> list[str]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-        raise ConfigError(f"{key} must be a list of strings")
-    return list(value)
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
-def _whole(value: object, key: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{key} must be a whole number, not {value!r}")
-    return value
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for pair in value.items() for item in pair)
+
+
+_SHAPES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
+    "name": ("text", _is_text),
+    "command": ("a list of strings", _is_list),
+    "store": ("text", _is_text),
+    "nproc": ("a whole number", _is_whole),
+    "every_s": ("a number of seconds", _is_number),
+    "keep_last": ("a whole number", _is_whole),
+    "max_restarts": ("a whole number", _is_whole),
+    "preload": ("a list of strings", _is_list),
+    "python": ("text", _is_text),
+    "cwd": ("text", _is_text),
+    "env": ("a table of strings", _is_table),
+    "slots": ("a whole number", _is_whole),
+}
+"""What each setting of a job looks like in JSON and TOML."""

@@ -25,6 +25,8 @@ CREATE TABLE IF NOT EXISTS incidents (
     job TEXT NOT NULL, number INTEGER NOT NULL, incident TEXT NOT NULL, PRIMARY KEY (job, number)
 );
 """
+_WAL_ATTEMPTS = 100
+_WAL_PAUSE_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +52,24 @@ class Journal:
                 return
             home.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(self._path, timeout=10, isolation_level=None)
-            self._database.execute("PRAGMA journal_mode=WAL")
+            _enter_wal(self._database)
             self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.executescript(_SCHEMA)
         except (OSError, sqlite3.Error) as error:
-            raise StoreError(
-                f"can't use the journal {self._path}: {error}", hint="set CKPTD_HOME to a folder of yours"
-            ) from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> StoreError:
+        return StoreError(f"can't use the journal {self._path}: {error}", hint="set CKPTD_HOME to a folder of yours")
+
+    def _execute(self, statement: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
+        try:
+            return self._database.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
 
     def write_job(self, entry: JobEntry) -> None:
         """Write down a job's newest state."""
-        self._database.execute(
+        self._execute(
             "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?)",
             (
                 entry.job,
@@ -81,34 +90,45 @@ class Journal:
         return self._read("ORDER BY updated_at DESC", ())
 
     def _read(self, clause: str, values: tuple[str, ...]) -> list[JobEntry]:
-        rows = self._database.execute(
+        rows = self._execute(
             f"SELECT job, config, status, agent_pid, agent_socket, updated_at FROM jobs {clause}",  # noqa: S608 - ours
             values,
-        ).fetchall()
+        )
         return [JobEntry(row[0], json.loads(row[1]), json.loads(row[2]), *row[3:]) for row in rows]
 
     def write_incident(self, incident: Incident) -> None:
         """Write down the newest form of an incident."""
-        self._database.execute(
+        self._execute(
             "INSERT OR REPLACE INTO incidents VALUES (?, ?, ?)",
             (incident.job, incident.number, json.dumps(incident.to_json())),
         )
 
     def read_incidents(self, job: str) -> list[dict[str, Any]]:
         """Return a job's incidents, oldest first, in the shape of `ckptctl incidents --json`."""
-        rows = self._database.execute("SELECT incident FROM incidents WHERE job = ? ORDER BY number", (job,)).fetchall()
+        rows = self._execute("SELECT incident FROM incidents WHERE job = ? ORDER BY number", (job,))
         return [json.loads(row[0]) for row in rows]
 
     def next_incident(self, job: str) -> int:
         """Return the number that a job's next incident gets."""
-        (number,) = self._database.execute(
-            "SELECT COALESCE(MAX(number), 0) FROM incidents WHERE job = ?", (job,)
-        ).fetchone()
-        return int(number) + 1
+        rows = self._execute("SELECT COALESCE(MAX(number), 0) FROM incidents WHERE job = ?", (job,))
+        return int(rows[0][0]) + 1
 
     def close(self) -> None:
         """Close the file."""
         self._database.close()
+
+
+def _enter_wal(database: sqlite3.Connection) -> None:
+    """Switch to WAL mode; when another process does so at the same moment, SQLite fails instead of waiting."""
+    for left in reversed(range(_WAL_ATTEMPTS)):
+        try:
+            database.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError:
+            if not left:
+                raise
+            time.sleep(_WAL_PAUSE_S)
+        else:
+            return
 
 
 def _open_for_reading(path: Path) -> sqlite3.Connection:

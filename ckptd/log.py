@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Mapping, MutableMapping
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import structlog
 
 from ckptd.units import show_duration, show_size
 
 EVENTS = frozenset({
+    "agent crashed",
     "agent started",
     "agent stopping",
     "capture announced",
@@ -24,10 +26,12 @@ EVENTS = frozenset({
     "job ended",
     "job recovered",
     "job started",
+    "journal failed",
     "launcher ready",
     "module not preloaded",
     "plugin failed",
     "prune failed",
+    "rank disconnected",
     "rank failed",
     "ranks not attached",
     "restart delayed",
@@ -46,6 +50,7 @@ Logger = structlog.typing.FilteringBoundLogger
 def set_up(log_format: str = "auto", *, stream: TextIO | None = None, debug: bool = False) -> None:
     """Configure structlog for this process. The only place that touches its global state."""
     out = sys.stderr if stream is None else stream
+    target = Sink(out)
     console = log_format == "console" or (log_format == "auto" and out.isatty())
     shared: list[structlog.typing.Processor] = [structlog.processors.add_log_level]
     if console:
@@ -62,9 +67,27 @@ def set_up(log_format: str = "auto", *, stream: TextIO | None = None, debug: boo
     structlog.configure(
         processors=shared,
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if debug else logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(file=out),
+        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", target)),
         cache_logger_on_first_use=False,
     )
+
+
+class Sink:
+    """A stream for logs that may vanish: a closed terminal or a full disk must not end a job."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write if it can be written."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if it can be flushed."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 def get_logger(**context: object) -> Logger:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from ckptd.errors import ConfigError
@@ -23,6 +24,7 @@ _SIZE_BYTES = {
     "tib": 2**40,
     "tb": 10**12,
 }
+_MAX_DIGITS = 100
 _PART = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)")
 
 
@@ -30,9 +32,10 @@ def parse_duration(text: str, what: str) -> float:
     """Return the seconds of "5s", "1m30s", "250ms" or "2h"; raises `ConfigError` that names `what`."""
     rest = text.strip().lower()
     parts = _PART.findall(rest)
-    if not parts or _PART.sub("", rest).strip() or any(unit not in _DURATION_S for _, unit in parts):
+    known = parts and not _PART.sub("", rest).strip() and all(unit in _DURATION_S for _, unit in parts)
+    seconds = sum(float(number) * _DURATION_S[unit] for number, unit in parts) if known else math.inf
+    if seconds == math.inf:
         raise ConfigError(f"{what} {text!r} is no duration", hint='write it like "5s", "250ms", "1m30s" or "2h"')
-    seconds = sum(float(number) * _DURATION_S[unit] for number, unit in parts)
     if seconds <= 0:
         raise ConfigError(f"{what} {text!r} must be longer than nothing", hint='write it like "5s" or "1m30s"')
     return seconds
@@ -41,9 +44,10 @@ def parse_duration(text: str, what: str) -> float:
 def parse_size(text: str, what: str) -> int:
     """Return the bytes of "512MiB", "2g" or "1000000"; raises `ConfigError` that names `what`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in _SIZE_BYTES:
+    if match is None or match[2].lower() not in _SIZE_BYTES or len(match[1]) > _MAX_DIGITS:
         raise ConfigError(f"{what} {text!r} is no size", hint='write it like "512MiB", "2GiB" or plain bytes')
-    return int(float(match[1]) * _SIZE_BYTES[match[2].lower()])
+    unit_bytes = _SIZE_BYTES[match[2].lower()]
+    return int(float(match[1]) * unit_bytes) if "." in match[1] else int(match[1]) * unit_bytes
 
 
 def show_size(size_bytes: float) -> str:

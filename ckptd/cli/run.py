@@ -98,7 +98,7 @@ async def _serve(agent_config: AgentConfig, config: JobConfig) -> e.End:
     try:
         job = agent.submit(config)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, _stop, job, number)
         return await job.ended
     finally:

@@ -136,9 +136,6 @@ class JobMachine:
     def _plan(self, now: Now) -> list[Effect]:
         if self.state is not JobState.PREPARING:
             return []  # stopped meanwhile
-        if self.offers.at_most_step is not None:
-            # Before anything older is fetched: beside something newer it would count as superseded.
-            self.keeper.book.refuse_newer_than(self.offers.at_most_step)
         try:
             plan = self.offers.plan(self.keeper.book.newest)
         except DamagedError as error:
@@ -268,7 +265,7 @@ class JobMachine:
         if isinstance(event, e.FlushFailed):
             effects = self.keeper.on_flush_failed(event, now.s)
         else:
-            usable = self.offers.may_offer(self.keeper.book.snapshots[event.id])
+            usable = not self.keeper.book.snapshots[event.id].refused
             effects = self.keeper.on_committed(event, now.s, usable=usable)
             if usable:
                 self.offers.committed(Source(event.id, event.tier), self.keeper.committed)
@@ -367,6 +364,11 @@ class JobMachine:
     def _restart_wanted(self, event: e.RestartWanted, now: Now) -> list[Effect]:
         if self.state not in _LIVE or self.generation is None or not self.generation.pids:
             return []  # it is starting anyway
+        if event.step is not None:
+            if not self.offers.reach(event.step, self.keeper.book.complete):
+                error = f"there is no checkpoint at step {event.step} or before it: the job goes on"
+                return [Log("restore failed", {"step": event.step, "error": error}, level="error")]
+            self.keeper.book.refuse_newer_than(event.step)
         self.offers.at_most_step = event.step
         evidence = Evidence("operator", "requested", None, 1.0, "a restart was asked for", now.s)
         return self._fail(evidence, (), now)

@@ -91,10 +91,10 @@ class Offers:
         """Return the best source not tried yet, None when there is none."""
         return self._untried.pop(0) if self._untried else None
 
-    def may_offer(self, snapshot: Snapshot) -> bool:
-        """Whether the next generation may begin with a snapshot in memory."""
-        too_new = self.at_most_step is not None and snapshot.id.step > self.at_most_step
-        return not (snapshot.refused or snapshot.id in self.refused or too_new)
+    def reach(self, step: int, complete: Iterable[Snapshot]) -> bool:
+        """Whether there is anything to offer that is no newer than `step`."""
+        known = {snapshot.id for snapshot in complete} | {source.id for source in self.stored}
+        return any(checkpoint.step <= step for checkpoint in known - self.refused)
 
     def drop(self, source: Source) -> None:
         """Forget a copy that is damaged; other copies of the same checkpoint stay."""

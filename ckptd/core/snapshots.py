@@ -160,7 +160,12 @@ class SnapshotBook:
     @property
     def newest(self) -> Snapshot | None:
         """The newest complete snapshot: what a restart from memory begins with."""
-        return max((item for item in self.snapshots.values() if item.complete), key=lambda item: item.id, default=None)
+        return max(self.complete, key=lambda item: item.id, default=None)
+
+    @property
+    def complete(self) -> list[Snapshot]:
+        """All that a restart could begin with: the newest, and one that is still being flushed."""
+        return [item for item in self.snapshots.values() if item.complete]
 
     @property
     def flushing(self) -> Snapshot | None:

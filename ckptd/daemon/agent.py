@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +32,8 @@ from ckptd.types import RaisedException
 
 _STORAGE_THREADS = 4
 _ANSWER_S = 2.0
+CRASHED = 70
+"""The exit code of an agent that met a bug of its own."""
 
 
 class Agent:
@@ -44,6 +48,7 @@ class Agent:
         self._leases: dict[str, Lease] = {}
         self._ranks: dict[Peer, tuple[Supervisor, Rank]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        asyncio.get_running_loop().set_exception_handler(_crash)
         self.plugins = PluginManager(self._plugin_failed, config.blocked_plugins)
         self.journal = Journal(config.home)
         self._services = Services(
@@ -162,7 +167,9 @@ class Agent:
         job.join(rank)
 
     def _closed(self, peer: Peer) -> None:
-        self._ranks.pop(peer, None)
+        job, rank = self._ranks.pop(peer, (None, None))
+        if job is not None and rank is not None and not rank.left:
+            job.disconnected(rank)
 
     def _control(self, peer: Peer, message: m.Message) -> None:
         match message:
@@ -187,6 +194,19 @@ class Agent:
         task = asyncio.get_running_loop().create_task(answer())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _crash(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """End the agent on a bug of ours: to go on with a broken assumption could lose a checkpoint.
+
+    Memory is given back, ranks end, and whatever is committed stays; the next agent goes on from there.
+    """
+    error = context.get("exception")
+    get_logger().error("agent crashed", problem=context.get("message"), error=repr(error))
+    if isinstance(error, BaseException):
+        traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(CRASHED)
 
 
 def _check_command(config: JobConfig) -> None:

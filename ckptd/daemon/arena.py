@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +51,38 @@ class Budget:
     def __init__(self, memory_max_bytes: int = 0) -> None:
         self.memory_max_bytes = memory_max_bytes
         self.used_bytes = 0
+        self._unsettled_bytes = 0
+        self._lock = threading.Lock()
 
-    def check(self, size_bytes: int, wanted: str) -> None:
-        """Raise `MemoryBudgetError` unless `size_bytes` more may be reserved now; `wanted` says what for."""
+    def take(self, size_bytes: int, wanted: str) -> None:
+        """Book memory that is about to be reserved; raises `MemoryBudgetError` when there is too little.
+
+        `wanted` says what for. Until `settled` the kernel's own figures don't show it yet, so that ranks which ask
+        at the same time can't all be promised the same memory.
+        """
+        with self._lock:
+            self._check(size_bytes, wanted)
+            self.used_bytes += size_bytes
+            self._unsettled_bytes += size_bytes
+
+    def settled(self, size_bytes: int) -> None:
+        """Note that booked memory is reserved now, and so missing from what the kernel calls available."""
+        with self._lock:
+            self._unsettled_bytes -= size_bytes
+
+    def give(self, size_bytes: int) -> None:
+        """Note that reserved memory was given back."""
+        with self._lock:
+            self.used_bytes -= size_bytes
+
+    def _check(self, size_bytes: int, wanted: str) -> None:
         if self.memory_max_bytes and self.used_bytes + size_bytes > self.memory_max_bytes:
             raise MemoryBudgetError(
                 f"not enough memory for slots: {wanted} need {show_size(size_bytes)} ({size_bytes} bytes),"
                 f" {show_size(self.memory_max_bytes - self.used_bytes)} of memory_max are left",
                 hint="raise CKPTD_MEMORY_MAX",
             )
-        free_bytes = available_bytes()
+        free_bytes = max(0, available_bytes() - self._unsettled_bytes)
         if size_bytes + _MARGIN_BYTES > free_bytes:
             raise MemoryBudgetError(
                 f"not enough memory for slots: {wanted} need {show_size(size_bytes)} ({size_bytes} bytes),"
@@ -96,8 +119,15 @@ class Arena:
         if missing > 0:
             # A little room to grow, so that a longer log or an extra parameter group needs no new slots.
             each = round_up(size_bytes + size_bytes // 32, _GRAIN_BYTES)
-            self._budget.check(each * missing, f"{missing} slots of rank {rank} of job {self._job}")
-            good += [self._add(rank, each) for _ in range(missing)]
+            self._budget.take(each * missing, f"{missing} slots of rank {rank} of job {self._job}")
+            before = len(mine)
+            try:
+                good += [self._add(rank, each) for _ in range(missing)]
+            except MemoryBudgetError:
+                self._budget.give(each * (missing - (len(mine) - before)))
+                raise
+            finally:
+                self._budget.settled(each * missing)
         return sorted(good)
 
     def _add(self, rank: int, size_bytes: int) -> int:
@@ -105,12 +135,11 @@ class Arena:
         number = next(number for number in range(MAX_SLOTS) if number not in mine)
         descriptor = _memfd(f"ckptd-{self._job}-r{rank}-{number}", size_bytes)
         mine[number] = Slot(number, descriptor, size_bytes, mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED))
-        self._budget.used_bytes += size_bytes
         return number
 
     def _drop(self, rank: int, number: int) -> None:
         slot = self._slots[rank].pop(number)
-        self._budget.used_bytes -= slot.size_bytes
+        self._budget.give(slot.size_bytes)
         slot.close()
 
     def close(self) -> None:

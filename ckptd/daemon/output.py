@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import TextIO
 
+from ckptd.log import Sink
+
 _TAIL_BYTES = 16 * 1024
 _READ_BYTES = 256 * 1024
 _COLORS = (36, 33, 35, 32, 34, 31)
@@ -34,7 +36,7 @@ class OutputFollower:
     """Follows the files of one generation's ranks and passes whole lines on, each after its rank."""
 
     def __init__(self, target: TextIO, errors: TextIO, *, colors: bool) -> None:
-        self._targets = {"out": target, "err": errors}
+        self._targets = {"out": Sink(target), "err": Sink(errors)}
         self._colors = colors
         self._files: dict[Path, tuple[int, str, bytearray]] = {}
 

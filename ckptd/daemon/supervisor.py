@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,7 @@ from ckptd.types import CheckpointId, RaisedException
 
 TICK_S = 0.05
 _JOURNAL_EVERY_S = 1.0
+_DISCONNECT_GRACE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class Supervisor:
         self._busy = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._journaled_at_s = 0.0
+        self._journal_failed = False
         spec = JobSpec(
             config.name,
             config.nproc,
@@ -136,7 +138,7 @@ class Supervisor:
             case e.Flush():
                 self._spawn_task(self._flush(effect))
             case e.Record():
-                self._services.journal.write_incident(effect.incident)
+                self._journal(lambda: self._services.journal.write_incident(effect.incident))
                 self.write_down()
             case e.Admit():
                 self._admit(effect)
@@ -260,6 +262,17 @@ class Supervisor:
         elif number in self.ranks:
             self.ranks[number].exception = exception
 
+    def disconnected(self, rank: Rank) -> None:
+        """Take note of a rank that closed its connection without leaving, unless it is about to end anyway."""
+        asyncio.get_running_loop().call_later(_DISCONNECT_GRACE_S, self._still_disconnected, rank)
+
+    def _still_disconnected(self, rank: Rank) -> None:
+        generation = self.machine.generation
+        gone = generation is None or rank.rank in generation.gone
+        if self.ranks.get(rank.rank) is rank and not gone and not self.ended.done():
+            self._log.warning("rank disconnected", rank=rank.rank, hint="it trains on unprotected; its stderr says why")
+            self.feed(e.RankLeft(rank.rank, rank.step or 0))
+
     def _attached_gone(self, rank: Rank) -> None:
         if self.ranks.get(rank.rank) is rank:
             del self.ranks[rank.rank]
@@ -340,9 +353,17 @@ class Supervisor:
         """Write the job's state to the journal."""
         self._journaled_at_s = time.monotonic()
         services = self._services
-        services.journal.write_job(
-            entry_now(self.config.name, self.config.to_json(), self.status(), services.pid, services.socket)
-        )
+        entry = entry_now(self.config.name, self.config.to_json(), self.status(), services.pid, services.socket)
+        self._journal(lambda: services.journal.write_job(entry))
+
+    def _journal(self, write: Callable[[], None]) -> None:
+        """Write to the journal; a full state folder costs memory of the past, not the training."""
+        try:
+            write()
+        except CkptdError as error:
+            if not self._journal_failed:
+                self._log.error("journal failed", error=str(error))
+            self._journal_failed = True
 
     # --- the end ----------------------------------------------------------------------------------------------
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 import pluggy
 
-from ckptd.errors import CkptdError, PluginError
+from ckptd.errors import CkptdError, PluginError, StoreError
 from ckptd.plugin import hookspecs
 from ckptd.plugin.contracts import Detector, FrameworkSpec, TierFactory
+from ckptd.plugin.guarded import GuardedTier
 from ckptd.storage.tier import Tier
 from ckptd.types import Evidence, RankExit
 
@@ -89,7 +91,7 @@ class PluginManager:
         scheme = url.split("://", 1)[0] if "://" in url else ""
         for factory in self.tiers:
             if scheme in factory.schemes:
-                return _open(factory, url)
+                return GuardedTier(_open(factory, url), partial(_call_tier, factory.name))
         schemes = {name for factory in self.tiers for name in factory.schemes}
         known = ", ".join(sorted(f"{name}://" for name in schemes if name)) or "none"
         raise PluginError(
@@ -141,6 +143,16 @@ def _judge(detector: Detector, end: RankExit) -> Evidence | None:
     if claim is not None and not isinstance(claim, Evidence):
         raise TypeError(f"{claim!r} is no evidence")
     return claim
+
+
+def _call_tier(name: str, what: str, function: Callable[..., Result], *arguments: object, **options: object) -> Result:
+    """Call a tier; a fault that its contract does not know becomes a `StoreError`, which callers handle."""
+    try:
+        return function(*arguments, **options)
+    except CkptdError:
+        raise
+    except _ANYTHING as error:
+        raise StoreError(f"tier {name} failed to {what}: {type(error).__name__}: {error}") from error
 
 
 def _open(factory: TierFactory, url: str) -> Tier:

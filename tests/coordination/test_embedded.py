@@ -139,7 +139,7 @@ def test_a_lease_excludes_within_a_process(coordinator: EmbeddedCoordinator) -> 
     first.release()
     first.release()  # twice is no harm
     second = coordinator.lease("gpt", "short")
-    with pytest.raises(FencedError, match="gpt is held by short$"):
+    with pytest.raises(FencedError, match=r"gpt is held by short$"):
         coordinator.lease("gpt", "the third")
     second.release()
     other.release()
@@ -157,12 +157,16 @@ def test_a_lease_is_not_inherited_by_programs(coordinator: EmbeddedCoordinator, 
     """A program that the holder started does not keep the lease when the holder has died: launchers outlive agents."""
     code = _HOLD.replace("sys.stdin.read()", "") + (
         "import os, signal, subprocess\n"
-        "child = subprocess.Popen(['sleep', '60'], close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
+        "null = subprocess.DEVNULL\n"
+        "child = subprocess.Popen(['sleep', '60'], close_fds=False, stdout=null, stderr=null)\n"
         "print(child.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "state"), "gpt", "agent 7"], check=False, capture_output=True, text=True
+        [sys.executable, "-c", code, str(tmp_path / "state"), "gpt", "agent 7"],
+        check=False,
+        capture_output=True,
+        text=True,
     )
     child = int(done.stdout.split()[1])
     try:

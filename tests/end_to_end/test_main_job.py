@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -171,3 +174,32 @@ def test_two_commands_can_not_run_one_job(world: World) -> None:
     assert world.status("train")["state"] == "running"
     os.kill(run.pid, signal.SIGINT)
     world.finish(run, code=75)
+
+
+def test_a_bug_in_the_agent_ends_it_at_once_and_loses_nothing(world: World) -> None:
+    """A broken assumption crashes the agent with 70 and a traceback; ranks end, and the same command goes on."""
+    broken = world.folder / "sitecustomize.py"
+    broken.write_text(
+        "from ckptd.core import keeper\n"
+        "def on_committed(*_, **__):\n"
+        "    raise AssertionError('a bug')\n"
+        "keeper.Keeper.on_committed = on_committed\n"
+    )
+    run = world.run("train.py", 80, PAUSE, PYTHONPATH=str(world.folder))
+    output = world.finish(run, code=70)
+    assert "AssertionError: a bug" in output
+    assert "agent crashed" in output
+    world.until_empty(patience_s=10)
+    assert "'local')" in world.finish(world.run("train.py", 80, PAUSE))
+
+
+def test_a_closed_terminal_does_not_end_the_job(world: World) -> None:
+    """When nobody reads its output any more, the job trains on to its end."""
+    path = str(Path(__file__).parent / "scripts" / "train.py")
+    command = ["run", "--nproc", "2", "--every", "200ms", "--store", str(world.store), "--", path, "60", PAUSE]
+    quoted = shlex.join([sys.executable, "-m", "ckptd.cli.main", *command])
+    shell = world.popen(["/bin/bash", "-c", f"({quoted}; echo ended with $? > code) 2>&1 | head -n 1"])
+    world.finish(shell)
+    until((world.folder / "code").exists, "the end of the run")
+    assert (world.folder / "code").read_text() == "ended with 0\n"
+    assert world.json("ls", "train")[0]["step"] == 60

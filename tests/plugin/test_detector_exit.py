@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from ckptd_plugins.detector_exit import ExitDetector
 
 from ckptd.testing import DetectorSuite
 from ckptd.types import RaisedException, RankExit
+from ckptd_plugins.detector_exit import ExitDetector
 
 
 class TestExitDetector(DetectorSuite):

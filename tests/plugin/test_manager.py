@@ -111,7 +111,9 @@ def test_loading_plugins_does_not_load_torch() -> None:
     """The agent never imports torch: the torch adapter is only named."""
     from ckptd.testing import race
 
-    code = "from ckptd.plugin.manager import PluginManager\nready()\nPluginManager(print)\nprint('torch' in sys.modules)"
+    code = (
+        "from ckptd.plugin.manager import PluginManager\nready()\nPluginManager(print)\nprint('torch' in sys.modules)"
+    )
     assert race(code, 1) == ["False"]
 
 
@@ -162,7 +164,10 @@ def test_a_plugin_found_twice_is_loaded_once(reports: Reports, make: Make) -> No
 # --- plugins that break when they are loaded --------------------------------------------------------------------
 
 _BROKEN = {
-    "import error": ("import no_such_module_anywhere", "ModuleNotFoundError: No module named 'no_such_module_anywhere'"),
+    "import error": (
+        "import no_such_module_anywhere",
+        "ModuleNotFoundError: No module named 'no_such_module_anywhere'",
+    ),
     "raises at import": ("raise RuntimeError('boom')", "RuntimeError: boom"),
     "exits at import": ("raise SystemExit(3)", "SystemExit: 3"),
     "syntax error": ("def broken(:", "SyntaxError"),
@@ -204,7 +209,9 @@ def test_one_bad_hook_keeps_the_others_of_the_same_plugin(reports: Reports, make
 
 def test_an_unknown_scheme_names_the_known_ones(reports: Reports, make: Make) -> None:
     """Who asks for a store that no plugin opens is told which ones there are."""
-    manager = PluginManager(reports, found=[make("good", GOOD), make("more", GOOD.replace('("good",)', '("more", "")'))])
+    manager = PluginManager(
+        reports, found=[make("good", GOOD), make("more", GOOD.replace('("good",)', '("more", "")'))]
+    )
     with pytest.raises(PluginError, match="no plugin opens s3:// stores") as caught:
         manager.open_tier("s3://bucket/runs")
     assert caught.value.hint == "known schemes: good://, more://; plain paths are local folders"
@@ -262,7 +269,7 @@ def test_the_surest_claim_counts(reports: Reports, make: Make) -> None:
     ],
 )
 def test_a_detector_that_fails_is_quarantined(reports: Reports, make: Make, body: str, says: str) -> None:
-    """Each fault is reported, the other detectors are heard, and after the third the detector is not called any more."""
+    """Each fault is reported, the other detectors are heard, and after the third it is not called any more."""
     entries = [make("bad", detector("bad", body)), make("good", detector("good", "return self.claim(0.5)"))]
     manager = PluginManager(reports, found=entries)
     for _ in range(FAULTS_BEFORE_QUARANTINE + 3):

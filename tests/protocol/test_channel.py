@@ -18,8 +18,18 @@ from ckptd.errors import AgentError, ConfigError, MemoryBudgetError, ProtocolErr
 from ckptd.protocol.channel import Channel, expect, open_channel
 from ckptd.protocol.codec import Decoder, encode
 from ckptd.protocol.messages import (
-    PROTOCOL_VERSION, Admitted, Done, Hello, Leave, Lent, Refused, Reserve, Welcome, parse, to_frame,
-)  # fmt: skip
+    PROTOCOL_VERSION,
+    Admitted,
+    Done,
+    Hello,
+    Leave,
+    Lent,
+    Refused,
+    Reserve,
+    Welcome,
+    parse,
+    to_frame,
+)
 
 DEADLINE_S = 30.0
 """Generous: it only matters when something is broken."""
@@ -69,7 +79,9 @@ def test_messages_arrive_in_order(pair: tuple[Channel, socket.socket]) -> None:
     peer.sendall(b"".join(encode(to_frame(Leave(step))) for step in range(3)))
     assert [channel.receive(DEADLINE_S) for _ in range(3)] == [Leave(0), Leave(1), Leave(2)]
     data = encode(to_frame(Leave(3)))
-    writer = threading.Thread(target=lambda: [(peer.send(data[at : at + 1]), time.sleep(0.001)) for at in range(len(data))])
+    writer = threading.Thread(
+        target=lambda: [(peer.send(data[at : at + 1]), time.sleep(0.001)) for at in range(len(data))]
+    )
     writer.start()
     assert channel.receive(DEADLINE_S) == Leave(3)
     writer.join()
@@ -104,7 +116,9 @@ def test_expect_names_both_kinds() -> None:
         expect(Done(), Welcome)
 
 
-@pytest.mark.parametrize("garbage", [b"\xff" * 10, b"\0\0\0\x02[]", encode({"type": "nonsense"}), encode({"type": "leave"})])
+@pytest.mark.parametrize(
+    "garbage", [b"\xff" * 10, b"\0\0\0\x02[]", encode({"type": "nonsense"}), encode({"type": "leave"})]
+)
 def test_garbage_is_a_protocol_error(pair: tuple[Channel, socket.socket], garbage: bytes) -> None:
     """What is no message of this protocol is a `ProtocolError`."""
     channel, peer = pair
@@ -171,7 +185,7 @@ def test_a_reset_peer_is_an_agent_error(pair: tuple[Channel, socket.socket]) -> 
     channel, peer = pair
     channel.send(Leave(1), DEADLINE_S)
     peer.close()
-    with pytest.raises(AgentError, match="Connection reset|closed the connection"):
+    with pytest.raises(AgentError, match=r"Connection reset|closed the connection"):
         channel.receive(DEADLINE_S)
 
 
@@ -262,7 +276,7 @@ def test_closing_closes_what_nobody_took(pair: tuple[Channel, socket.socket]) ->
 
 
 def test_descriptors_are_not_inherited(pair: tuple[Channel, socket.socket]) -> None:
-    """A program that the user's script starts does not get slots into its hands, which would keep their memory alive."""
+    """A program that the user's script starts does not inherit slots, which would keep their memory alive."""
     channel, peer = pair
     lend(peer, encode(to_frame(Admitted(1))), b"page")
     channel.receive(DEADLINE_S)
@@ -319,7 +333,11 @@ def test_opening_greets(serve: Callable[[bytes], str]) -> None:
         (to_frame(Welcome(7, [], PROTOCOL_VERSION + 1)), ProtocolError, "this side is older"),
         ({**to_frame(Welcome(7, [], PROTOCOL_VERSION + 1)), "new": 1}, ProtocolError, "this side is older"),
         (to_frame(Welcome(7, [], PROTOCOL_VERSION - 1)), ProtocolError, "the agent is older"),
-        (to_frame(Refused(ProtocolError("no", hint="this client is older").to_json())), ProtocolError, "client is older"),
+        (
+            to_frame(Refused(ProtocolError("no", hint="this client is older").to_json())),
+            ProtocolError,
+            "client is older",
+        ),
         (to_frame(Done()), ProtocolError, "answered with Done where Welcome was due"),
     ],
 )

@@ -40,7 +40,7 @@ def test_home(names: list[str], wanted: str) -> None:
     ],
 )
 def test_socket_path(names: list[str], wanted: str) -> None:
-    """`CKPTD_SOCKET` wins; a state folder of one's own keeps its socket; else the runtime folder, else the state folder."""
+    """`CKPTD_SOCKET` wins, then a state folder of one's own, then the runtime folder, then the state folder."""
     assert socket_path({name: _ALL[name] for name in names}) == wanted
 
 

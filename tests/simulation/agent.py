@@ -88,6 +88,11 @@ class ModelAgent:
         if self.end is not None:
             return
         steps = {rank.rank: rank.page.step for rank in self.ranks.values() if rank.page is not None and rank.page.step}
+        # A stalled agent acts upon what it has read a while ago.
+        stall_s = self.node.rng.uniform(0, 0.3) if self.node.rng.random() < self.node.options.stall_chance else 0.0
+        self.node.clock.after(stall_s, self, "tick", self._look, steps)
+
+    def _look(self, steps: dict[int, int]) -> None:
         if steps:
             self.feed(e.Progress(steps))
         self.feed(e.Tick())
@@ -157,8 +162,10 @@ class ModelAgent:
         for effect in effects:
             if not self.alive:
                 return
-            if not isinstance(effect, e.Log):
-                self.node.note("out", effect)
+            if isinstance(effect, e.Log):
+                self.node.witness.seen[effect.event] += 1
+                continue
+            self.node.note("out", effect)
             self.node.witness.ordered(effect, self)
             self._do(effect)
             self.node.fault_point("effect")

@@ -52,8 +52,10 @@ class Faults:
             return
         if node.rng.random() >= node.options.fault_chance * _RARE.get(kind, 1.0):
             return
-        if self._inject(node.rng.choice(self._kinds)):
+        fault = node.rng.choice(self._kinds)
+        if self._inject(fault):
             self._left -= 1
+            node.witness.seen[f"{fault} between two effects" if kind == "effect" else fault] += 1
 
     def _inject(self, kind: str) -> bool:
         match kind:
@@ -105,6 +107,8 @@ class Faults:
         target = node.rng.choice(safe[-2:])
         node.note("fault", f"a shard of {target} is damaged")
         node.disk.flip(target, node.rng.randrange(node.options.world_size))
+        if node.rng.random() < 0.5:
+            node.kill_agent()  # so that somebody has to read it
         return True
 
     def _damage_memory(self) -> bool:
@@ -121,6 +125,8 @@ class Faults:
         slot = node.rng.choice(witness.memory[newest])
         slot.cells[0] = None
         slot.flipped = True
+        if node.rng.random() < 0.5:
+            self._kill_ranks(1)
         return True
 
     def _step_back(self) -> bool:

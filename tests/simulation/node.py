@@ -101,6 +101,7 @@ class Node:
         """Kill -9 the agent; an embedded one takes its ranks along. Somebody runs the same command again."""
         self.note("fault", "the agent is killed")
         self.agent_deaths += 1
+        self.witness.agent_killed()
         self.agent.die()
         self._replace_agent()
 

@@ -18,7 +18,7 @@ class Options:
     capture_part_s: float = 0.01
     restore_part_s: float = 0.01
     latency_s: float = 0.005
-    """The longest time that a message takes; shorter than the interval policy's `REACTION_S`."""
+    """The longest time that a message takes. Beyond the interval policy's `REACTION_S` steps are missed for it."""
     write_s: float = 0.1
     """The typical time to write one shard."""
     tick_s: float = 0.05
@@ -31,9 +31,11 @@ class Options:
     fault_chance: float = 0.02
     """The chance of a fault at an event."""
     write_error_chance: float = 0.0
+    stall_chance: float = 0.0
+    """The chance that the agent stalls between reading the ranks' steps and acting upon them."""
     fault_kinds: tuple[str, ...] = (
-        "rank", "rank", "rank", "ranks", "launcher", "agent", "agent", "damage", "memory", "checkpoint", "restart",
-        "step back", "stop",
+        "rank", "rank", "rank", "rank", "rank", "ranks", "ranks", "launcher", "agent", "agent", "agent", "stop",
+        "damage", "damage", "damage", "memory", "memory", "memory", "checkpoint", "restart", "step back", "step back",
     )  # fmt: skip
 
     @classmethod
@@ -45,18 +47,19 @@ class Options:
         return cls(
             world_size=rng.choice((1, 2, 2, 2, 2, 3)),
             supervised=rng.random() < 0.75,
-            total_steps=rng.randint(3, 40),
+            total_steps=rng.randint(3, 60),
             every_s=every_s,
             step_s=step_s,
             capture_part_s=step_s * rng.choice((0.01, 0.1, 0.5)),
             restore_part_s=step_s * rng.choice((0.01, 0.3)),
-            latency_s=rng.choice((0.0, 0.001, 0.02)),
+            latency_s=rng.choice((0.0, 0.001, 0.02, 0.02, 0.2)),
             write_s=every_s * rng.choice((0.01, 0.1, 0.5, 1.5)),
             tick_s=rng.choice((0.05, 0.05, 0.1)),
             slots=rng.choice((2, 2, 2, 3)),
-            keep_last=rng.choice((1, 2, 3)),
+            keep_last=rng.choice((1, 2, 3, 3)),
             state_grows=rng.random() < 0.3,
             faults=rng.choice((0, 1, 2, 3, 4, 6, 8)),
-            fault_chance=rng.choice((0.003, 0.01, 0.03)),
-            write_error_chance=rng.choice((0.0, 0.0, 0.05, 0.3)),
+            fault_chance=rng.choice((0.001, 0.003, 0.01, 0.03)),
+            write_error_chance=rng.choice((0.0, 0.0, 0.02, 0.1)),
+            stall_chance=rng.choice((0.0, 0.1)),
         )

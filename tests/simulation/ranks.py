@@ -62,6 +62,7 @@ class RankProcess:
         self.slots: dict[int, Slot] = {}
         self.lent: tuple[int, ...] = ()
         self.offered: int | None = None
+        self.capturing = False
         self.left = False
         self.leaving: Signal | None = None
         self.step = 0
@@ -191,10 +192,12 @@ class RankProcess:
             self.node.witness.no_slot(self, final=final)
             self.tell(e.CaptureMissed(self.rank, self.step, AgentError("every slot is busy")))
             return
+        self.capturing = True
         for part in range(PARTS):
             self.node.witness.slot_written(slot, f"a capture of step {self.step}")
             slot.write(part, Cell(self.rank, self.step, self.state, part))
             yield self.node.options.capture_part_s * self.node.rng.uniform(0.1, 1.0)
+        self.capturing = False
         assert self.page is not None
         self.page.seal(slot.number)
         self.tell(
@@ -223,5 +226,6 @@ class RankProcess:
     def kill(self, number: int) -> None:
         """Die at once, whatever it is doing."""
         if self.alive:
+            self.node.witness.rank_killed(self)
             self._collective.member_died()
             self._exit(-number)

@@ -125,7 +125,7 @@ def test_verify_names_damage(tier: MemoryTier, damage: str) -> None:
 
 @pytest.mark.parametrize("damage", sorted(_DAMAGE))
 def test_fetch_refuses_damage(tier: MemoryTier, damage: str) -> None:
-    """What `verify` would name, a fetch refuses with a `DamagedError` that names the object; other ranks are fetched."""
+    """What `verify` would name, a fetch refuses with a `DamagedError` that names the object; others are fetched."""
     edit, says = _DAMAGE[damage]
     change(tier, KEY, edit)
     loaded = catalog.load_manifest(tier, JOB, AT)

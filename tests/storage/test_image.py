@@ -19,7 +19,9 @@ from ckptd.errors import DamagedError
 from ckptd.storage import image
 from ckptd.storage.image import BLOCK_BYTES, ITEM_BYTES, VALUES_NAME, Layout, TensorSpec
 
-_NAMES = st.text(st.characters(codec="utf-8"), max_size=20).filter(lambda name: name not in (VALUES_NAME, "__metadata__"))
+_NAMES = st.text(st.characters(codec="utf-8"), max_size=20).filter(
+    lambda name: name not in (VALUES_NAME, "__metadata__")
+)
 _SHAPES = st.lists(st.integers(0, 7), max_size=4).map(tuple)
 _SPECS = st.lists(
     st.builds(TensorSpec, _NAMES, st.sampled_from(sorted(ITEM_BYTES)), _SHAPES), max_size=12, unique_by=lambda s: s.name
@@ -62,7 +64,7 @@ def with_header(entries: object, *, size: int = 2 * BLOCK_BYTES) -> bytes:
 # --- layout -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(_SPECS, st.integers(0, 3 * BLOCK_BYTES), _METADATA)
 def test_layout_has_no_holes(specs: list[TensorSpec], values_bytes: int, metadata: dict[str, str]) -> None:
     """Tensors follow each other without a gap, each aligned to its element, from one block boundary to another."""
@@ -83,7 +85,7 @@ def test_layout_has_no_holes(specs: list[TensorSpec], values_bytes: int, metadat
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(_SPECS, st.integers(0, 5000), _METADATA)
 @example([TensorSpec("a", "F32", (0,)), TensorSpec("b", "F32", (0, 3)), TensorSpec("c", "U8", ())], 0, {})
 def test_an_image_describes_itself(specs: list[TensorSpec], values_bytes: int, metadata: dict[str, str]) -> None:
@@ -146,7 +148,9 @@ def test_every_dtype_is_one_of_the_library(dtype: str) -> None:
 
 def test_numpy_agrees(tmp_path: Path) -> None:
     """The NumPy door of the library reads an image too, for each dtype that NumPy has."""
-    specs = [TensorSpec(f"t-{dtype}", dtype, (2, 3)) for dtype in ITEM_BYTES if dtype not in ("BF16", "F8_E4M3", "F8_E5M2")]
+    specs = [
+        TensorSpec(f"t-{dtype}", dtype, (2, 3)) for dtype in ITEM_BYTES if dtype not in ("BF16", "F8_E4M3", "F8_E5M2")
+    ]
     layout = image.plan(specs, 0, {})
     data = fill(layout)
     (tmp_path / "shard").write_bytes(data)
@@ -166,7 +170,7 @@ def _read_everything(data: bytes) -> None:
     image.read_values(memoryview(data), layout.values)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.data())
 def test_random_damage_raises_only_damaged_errors(data: st.DataObject) -> None:
     """Bytes of an image that are changed, cut or inserted at random lead to a `DamagedError` or to a sound layout."""
@@ -189,12 +193,14 @@ def test_random_damage_raises_only_damaged_errors(data: st.DataObject) -> None:
 
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(sorted(ITEM_BYTES)),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets"]), inner)
+    ),
     max_leaves=8,
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.one_of(_JSON, st.dictionaries(st.sampled_from(["t", VALUES_NAME, "__metadata__"]), _JSON)))
 @example({"t": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 4]}})
 @example({VALUES_NAME: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}})
@@ -265,7 +271,10 @@ def test_a_huge_header_is_not_read() -> None:
         image.header_bytes(struct.pack("<Q", 2**62))
 
 
-@pytest.mark.parametrize("values", [{"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}, {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}])
+@pytest.mark.parametrize(
+    "values",
+    [{"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}, {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}],
+)
 def test_values_without_room_for_their_length_are_damaged(values: object) -> None:
     """A values blob that is too small to say how long it is leads to no read outside of it."""
     data = with_header({VALUES_NAME: values}, size=BLOCK_BYTES + values["shape"][0])  # type: ignore[index]

@@ -57,9 +57,7 @@ def files_below(folder: Path) -> set[str]:
 # --- direct and buffered ----------------------------------------------------------------------------------------
 
 
-def test_a_large_aligned_image_goes_past_the_page_cache(
-    tier: LocalTier, flags_used: list[tuple[str, int]]
-) -> None:
+def test_a_large_aligned_image_goes_past_the_page_cache(tier: LocalTier, flags_used: list[tuple[str, int]]) -> None:
     """A whole number of blocks in page-aligned memory is opened with O_DIRECT, once, for writing and for reading."""
     tier.put("job/before", b"x")
     try:
@@ -76,7 +74,7 @@ def test_a_large_aligned_image_goes_past_the_page_cache(
 
 @pytest.mark.parametrize("size", [10, DIRECT_BYTES - 4096, DIRECT_BYTES + 1, 3 * DIRECT_BYTES - 1])
 def test_other_sizes_are_written_buffered(tier: LocalTier, flags_used: list[tuple[str, int]], size: int) -> None:
-    """Small objects, and those that are no whole number of blocks, are never tried with O_DIRECT, and come back whole."""
+    """Small objects, and those that are no whole number of blocks, are never tried with O_DIRECT."""
     tier.put("job/object", b"b" * size)
     into = memoryview(bytearray(size))
     tier.read_into("job/object", 0, into)
@@ -171,7 +169,7 @@ def test_a_truncated_file_is_damage_for_direct_reads_too(tier: LocalTier) -> Non
 
 
 def test_a_temporary_file_is_nobodys_object(tier: LocalTier, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While an object is being written, no listing shows it under any name, and afterwards nothing temporary is left."""
+    """While an object is being written no listing shows it, and afterwards nothing temporary is left."""
     seen: list[list[str]] = []
     real = os.pwrite
 
@@ -297,7 +295,7 @@ def test_a_probe_on_a_full_disk_leaves_nothing(tier: LocalTier, monkeypatch: pyt
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(StoreError, match="can't write to .*No space left") as caught:
+    with pytest.raises(StoreError, match=r"can't write to .*No space left") as caught:
         tier.check_writable()
     assert "free some space" in (caught.value.hint or "")
     assert files_below(tier.root) == set()

@@ -1,0 +1,57 @@
+"""A foreign tier, held to its contract: whatever else it raises becomes the `StoreError` that callers handle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
+
+from ckptd.storage.tier import Buffer, Capabilities, Entry, Tier
+
+Result = TypeVar("Result")
+
+
+class Caller(Protocol):
+    """Calls a foreign function; `what` says what for, in the error that a fault becomes."""
+
+    def __call__(self, what: str, function: Callable[..., Result], *arguments: object, **options: object) -> Result:
+        """Return the function's result."""
+        ...
+
+
+class GuardedTier:
+    """A tier whose every call goes through `call`, which turns faults into errors."""
+
+    def __init__(self, tier: Tier, call: Caller) -> None:
+        self._tier = tier
+        self._call = call
+        self.name = tier.name
+        self.url = tier.url
+        self.capabilities: Capabilities = tier.capabilities
+
+    def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
+        """Keep `data` under `key`."""
+        self._call(f"put {key}", self._tier.put, key, data, create_only=create_only)
+
+    def get(self, key: str) -> bytes:
+        """Return a small object whole."""
+        return self._call(f"get {key}", self._tier.get, key)
+
+    def size_bytes(self, key: str) -> int:
+        """Return the size of an object."""
+        return self._call(f"size of {key}", self._tier.size_bytes, key)
+
+    def read_into(self, key: str, offset: int, into: memoryview) -> None:
+        """Fill all of `into` from `offset` of an object."""
+        self._call(f"read {key}", self._tier.read_into, key, offset, into)
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """Yield every object whose key starts with `prefix`; the listing is drawn at once, to catch its faults."""
+        yield from self._call(f"list {prefix}", lambda: tuple(self._tier.list(prefix)))
+
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        self._call(f"delete {key}", self._tier.delete, key)
+
+    def check_writable(self) -> None:
+        """Raise `StoreError` unless an object could be put now."""
+        self._call("check", self._tier.check_writable)

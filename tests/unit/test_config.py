@@ -1,0 +1,284 @@
+"""Settings: what can't run is refused before anything starts, with a message that names it and a hint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptd import config as config_module
+from ckptd.config import MAX_NPROC, AgentConfig, JobConfig, absolute_store, load_job_file
+from ckptd.errors import ConfigError
+
+GOOD: dict[str, Any] = {"name": "gpt", "command": ("train.py", "--steps", "10"), "store": "/runs"}
+
+
+def job(**changes: Any) -> JobConfig:
+    """A job's settings with some of them changed."""
+    return JobConfig(**{**GOOD, **changes})
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"name": ""}, "'' can't name a job"),
+        ({"name": "a/b"}, "'a/b' can't name a job"),
+        ({"name": "../up"}, "'../up' can't name a job"),
+        ({"name": ".hidden"}, "'.hidden' can't name a job"),
+        ({"name": "x" * 129}, "can't name a job"),
+        ({"name": "a\n"}, "can't name a job"),
+        ({"nproc": 0}, "nproc is 0"),
+        ({"nproc": -1}, "nproc is -1"),
+        ({"nproc": MAX_NPROC + 1}, f"nproc is {MAX_NPROC + 1}"),
+        ({"every_s": 0.0}, "every is 0 s"),
+        ({"every_s": -1.0}, "every is -1 s"),
+        ({"every_s": float("nan")}, "every is nan s"),
+        ({"every_s": float("inf")}, "every is inf s"),
+        ({"keep_last": 0}, "keep_last is 0"),
+        ({"max_restarts": -1}, "max_restarts is -1"),
+        ({"slots": 1}, "slots is 1"),
+        ({"slots": 9}, "slots is 9"),
+        ({"store": ""}, "no store is named"),
+    ],
+)
+def test_a_job_that_can_not_run_is_refused(changes: dict[str, Any], says: str) -> None:
+    """Each setting that can't be used is a `ConfigError` with the setting, its value and a hint."""
+    with pytest.raises(ConfigError) as caught:
+        job(**changes)
+    assert says in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"nproc": 1}, {"nproc": MAX_NPROC}, {"keep_last": 1}, {"max_restarts": 0}, {"slots": 8}, {"name": "a.b-c_D9"}],
+)
+def test_the_limits_themselves_are_allowed(changes: dict[str, Any]) -> None:
+    """The smallest and the largest value that make sense are taken."""
+    assert job(**changes).supervised
+
+
+def test_a_job_without_command_is_attached() -> None:
+    """Without a command, somebody else starts the ranks."""
+    assert not job(command=()).supervised
+
+
+_TEXT = st.text(min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.builds(
+        JobConfig,
+        name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,10}", fullmatch=True),
+        command=st.lists(_TEXT, max_size=3).map(tuple),
+        store=_TEXT,
+        nproc=st.integers(1, MAX_NPROC),
+        every_s=st.floats(0.001, 1e6),
+        keep_last=st.integers(1, 100),
+        max_restarts=st.integers(0, 100),
+        preload=st.lists(_TEXT, max_size=3).map(tuple),
+        python=_TEXT,
+        cwd=_TEXT,
+        env=st.dictionaries(_TEXT, _TEXT, max_size=3),
+        slots=st.integers(2, 8),
+    )
+)
+def test_round_trip(config: JobConfig) -> None:
+    """Settings that cross the socket and the journal as JSON are the same."""
+    assert JobConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"nprok": 2}, "a job has no setting 'nprok'"),
+        ({"nproc": "2"}, "nproc must be a whole number, not '2'"),
+        ({"nproc": 2.0}, "nproc must be a whole number, not 2.0"),
+        ({"nproc": True}, "nproc must be a whole number, not True"),
+        ({"keep_last": 1.5}, "keep_last must be a whole number, not 1.5"),
+        ({"max_restarts": "many"}, "max_restarts must be a whole number, not 'many'"),
+        ({"slots": None}, "slots must be a whole number, not None"),
+        ({"every_s": "30s"}, "every_s must be a number of seconds, not '30s'"),
+        ({"every_s": True}, "every_s must be a number of seconds, not True"),
+        ({"command": "train.py"}, "command must be a list of strings"),
+        ({"command": ["train.py", 7]}, "command must be a list of strings"),
+        ({"preload": "torch"}, "preload must be a list of strings"),
+        ({"name": 7}, "name must be text, not 7"),
+        ({"store": 7}, "store must be text, not 7"),
+        ({"python": None}, "python must be text, not None"),
+        ({"cwd": []}, "cwd must be text, not []"),
+        ({"env": {"OMP_NUM_THREADS": 1}}, "env must be a table of strings"),
+        ({"env": ["A=1"]}, "env must be a table of strings"),
+    ],
+)
+def test_json_of_another_type_is_refused(changes: dict[str, Any], says: str) -> None:
+    """A field of another type is a `ConfigError` that names it: nothing fails later, in the middle of a start."""
+    with pytest.raises(ConfigError) as caught:
+        JobConfig.from_json({**GOOD, "command": ["train.py"], **changes})
+    assert says in caught.value.message
+
+
+def test_every_setting_has_a_shape() -> None:
+    """The table of what settings look like has an entry for each of them, and no other."""
+    assert set(config_module._SHAPES) == {field.name for field in dataclasses.fields(JobConfig)}
+
+
+@pytest.mark.parametrize("key", ["name", "command", "store"])
+def test_a_missing_setting_is_named(key: str) -> None:
+    """What has no default must be there, and the error says what is missing."""
+    data = {name: value for name, value in GOOD.items() if name != key}
+    with pytest.raises(ConfigError, match=key):
+        JobConfig.from_json(data)
+
+
+# --- job files --------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, text: str, name: str = "job.toml") -> Path:
+    """A job file."""
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_job_file(tmp_path: Path) -> None:
+    """Everything that a job file may say is read, and its relative paths are seen from its own folder."""
+    path = write(
+        tmp_path,
+        """
+        name = "gpt"
+        command = ["train.py", "--text", "ä"]
+        store = "runs/../my runs"
+        nproc = 2
+        every = "1m30s"
+        keep_last = 5
+        max_restarts = 7
+        preload = ["torch", "numpy"]
+        cwd = "sub"
+        slots = 3
+        env = {OMP_NUM_THREADS = "1"}
+        """,
+    )
+    assert load_job_file(path) == JobConfig(
+        name="gpt",
+        command=("train.py", "--text", "ä"),
+        store=f"{tmp_path}/my runs",
+        nproc=2,
+        every_s=90.0,
+        keep_last=5,
+        max_restarts=7,
+        preload=("torch", "numpy"),
+        cwd=f"{tmp_path}/sub",
+        slots=3,
+        env={"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_short_job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name defaults to the file's, the folder to its own, wherever the command is given."""
+    write(tmp_path, 'command = ["train.py"]\nstore = "s3://bucket/runs"\npreload = false\n', "tiny-gpt.toml")
+    monkeypatch.chdir(tmp_path)
+    config = load_job_file(Path("tiny-gpt.toml"))
+    assert (config.name, config.store, config.preload) == ("tiny-gpt", "s3://bucket/runs", ())
+    assert Path(config.cwd) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("command = [", "is not TOML"),
+        ('store = "runs"', "names no command"),
+        ('command = []\nstore = "runs"', "names no command"),
+        ('command = "train.py"\nstore = "runs"', "command must be a list of strings"),
+        ('command = ["train.py"]', "store"),
+        ('command = ["train.py"]\nstore = "runs"\nevery = "5x"', "every '5x' is no duration"),
+        ('command = ["train.py"]\nstore = "runs"\nevery = 5', "every '5' is no duration"),
+        ('command = ["train.py"]\nstore = "runs"\nnproc = 0', "nproc is 0"),
+        ('command = ["train.py"]\nstore = "runs"\nnproc = "2"', "nproc must be a whole number"),
+        ('command = ["train.py"]\nstore = "runs"\nsteps = 5', "a job has no setting 'steps'"),
+        ('command = ["train.py"]\nstore = "runs"\nname = "a b"', "'a b' can't name a job"),
+        ('command = ["train.py"]\nstore = "runs"\npreload = true', "preload must be a list of strings"),
+        ('command = ["train.py"]\nstore = "runs"\ncwd = 5', "cwd must be text"),
+        ('command = ["train.py"]\nstore = 5', "store must be text"),
+        ('command = ["train.py"]\nstore = "runs"\nenv = {A = 1}', "env must be a table of strings"),
+    ],
+)
+def test_a_job_file_that_can_not_be_used(tmp_path: Path, text: str, says: str) -> None:
+    """Each mistake in a job file is one `ConfigError` that names it, never another exception."""
+    with pytest.raises(ConfigError) as caught:
+        load_job_file(write(tmp_path, text))
+    assert says in caught.value.message
+
+
+def test_a_job_file_that_can_not_be_read(tmp_path: Path) -> None:
+    """A file that is missing, a folder or binary is refused with its path."""
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\0")
+    for path, says in (
+        (tmp_path / "none.toml", "No such file"),
+        (tmp_path, "directory"),
+        (tmp_path / "binary.toml", "not TOML"),
+    ):
+        with pytest.raises(ConfigError, match=says) as caught:
+            load_job_file(path)
+        assert str(path) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("store", "absolute"),
+    [
+        ("runs", "/here/runs"),
+        ("./runs/", "/here/runs"),
+        ("../runs", "/runs"),
+        ("/a/./b", "/a/b"),
+        ("~/runs", "/home/me/runs"),
+        ("s3://bucket/../x", "s3://bucket/../x"),
+        ("file:///a", "file:///a"),
+    ],
+)
+def test_a_store_means_the_same_from_everywhere(monkeypatch: pytest.MonkeyPatch, store: str, absolute: str) -> None:
+    """Paths become absolute, URLs stay what they are."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert absolute_store(store, Path("/here")) == absolute
+
+
+# --- agents -----------------------------------------------------------------------------------------------------
+
+
+def test_an_agent_without_variables() -> None:
+    """The defaults are the documented ones."""
+    config = AgentConfig.from_environ({"HOME": "/home/me"})
+    assert config == AgentConfig(Path("/home/me/.local/state/ckptd"), Path("/home/me/.local/state/ckptd/ckptd.sock"))
+    assert (config.memory_max_bytes, config.blocked_plugins, config.log_format) == (0, (), "auto")
+
+
+def test_an_agent_with_all_variables() -> None:
+    """Every `CKPTD_*` variable is read; a list may have blanks behind its commas."""
+    environ = {
+        "CKPTD_HOME": "/state",
+        "CKPTD_SOCKET": "/run/c.sock",
+        "CKPTD_MEMORY_MAX": "1.5GiB",
+        "CKPTD_PLUGINS_BLOCK": "one, two,,three ",
+        "CKPTD_LOG_FORMAT": "json",
+    }
+    assert AgentConfig.from_environ(environ) == AgentConfig(
+        Path("/state"), Path("/run/c.sock"), 3 * 2**29, ("one", "two", "three"), "json"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("CKPTD_MEMORY_MAX", "lots"), ("CKPTD_MEMORY_MAX", "-1"), ("CKPTD_LOG_FORMAT", "xml")]
+)
+def test_a_variable_that_can_not_be_used(name: str, value: str) -> None:
+    """A variable that means nothing is a `ConfigError` that names it, with a hint."""
+    with pytest.raises(ConfigError, match=f"{name} '{value}'") as caught:
+        AgentConfig.from_environ({"HOME": "/home/me", name: value})
+    assert caught.value.hint

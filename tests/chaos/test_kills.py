@@ -35,7 +35,7 @@ def lead_and_interval(world: World, job: str) -> int:
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
-    """After twenty SIGKILLs of random ranks at random moments the run ends bit-identical, at most an interval lost each."""
+    """Twenty SIGKILLs at random moments: the run ends bit-identical, with at most an interval lost for each."""
     seed = int(os.environ.get("CKPTD_CHAOS_SEED", time.time_ns() % 10**6))
     print(f"CKPTD_CHAOS_SEED={seed}")
     random_ = random.Random(seed)

@@ -42,10 +42,13 @@ class World:
         self.folder = folder
         self.home = folder / "home"
         self.store = folder / "runs"
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
         self.env = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("CKPTD_", "XDG_RUNTIME"))},
             "CKPTD_HOME": str(self.home),
             "WORLD_TAG": str(folder),
+            "TMPDIR": str(self.temporary),
         }
         self._started: list[subprocess.Popen[str]] = []
 

@@ -46,7 +46,7 @@ def test_a_final_checkpoint_is_there_when_the_block_ends(world: World) -> None:
 
 
 def test_torchrun_restarts_and_ckptd_restores(world: World) -> None:
-    """Under torchrun ranks attach to an embedded agent; after a kill torchrun starts them anew and ckptd restores."""
+    """Ranks of torchrun attach to an embedded agent; after a kill torchrun starts them anew and ckptd restores."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     options = ["100", "--pause=0.01", "--job=attached", f"--store={world.store}", "--every=200ms"]
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # without it torchrun's own restart may stall
@@ -71,7 +71,7 @@ def test_the_daemon_runs_a_submitted_job(world: World) -> None:
     until(path.exists, "the socket")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     (world.folder / "job.toml").write_text(
-        f'command = ["{TRAIN}", "100000", "--pause=0.01"]\nname = "nightly"\nnproc = 2\nevery = "200ms"\nstore = "runs"\n'
+    """Ranks of torchrun attach to an embedded agent; after a kill torchrun restarts them and ckptd restores."""
     )
     assert "job nightly started" in world.ctl("submit", "job.toml").stdout
     world.until_training("nightly", 20, committed=True)

@@ -29,7 +29,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[s
 
 
 def test_a_run_checkpoints_and_every_verb_answers_after_it(world: World) -> None:
-    """A clean run commits by itself, and `ls`, `show`, `verify`, `status`, `incidents` answer from store and journal."""
+    """A clean run commits by itself, and every reading verb answers from store and journal after it."""
     output = world.finish(world.run("train.py", 60, PAUSE))
     assert "[0] trained" in output
     assert "[1] trained" in output

@@ -159,12 +159,16 @@ class RankProcess:
             return False
         self.node.witness.rank_restores(self, checkpoint, tuple(cells))
         assert cells[0] is not None
-        self.state = cells[0].state
+        self.state = self.restored_state(cells[0])
         self.step = self._captured_step = checkpoint.step
         assert self.page is not None
         self.page.step = self.step
         self.tell(e.RankRestored(self.rank, 0.0))
         return True
+
+    def restored_state(self, cell: Cell) -> int:
+        """Return the state to train on from."""
+        return cell.state
 
     def _boundary(self, page: Page) -> Steps:
         if self._fresh:

@@ -173,7 +173,7 @@ class Witness:
                 wanted, from_memory = self._expected()
                 self.seen["fresh start" if wanted is None else "from memory" if from_memory else "from disk"] += 1
                 stored = any(item in self._node.disk.manifests for item in self.chain)
-                self.require(wanted is not None or not stored, "a fresh start though there are checkpoints")
+                self.require(effect.parent is not None or not stored, "a fresh start though there are checkpoints")
                 self.require(effect.parent == wanted, f"begins with {effect.parent}, {wanted} is the newest")
             case e.Admit():
                 self.require(effect.generation == self.started, f"admits to generation {effect.generation}")
@@ -199,6 +199,10 @@ class Witness:
         known = self._incidents.get(incident.number)
         self.require(known is None or not known.closed, f"incident {incident.number} changed after it was closed")
         self.require(known is not None or incident.number == self.next_incident, f"incident number {incident.number}")
+        if incident.lost_steps is not None and (known is None or known.lost_steps is None):
+            parent = self._claims[self.started]
+            began = None if incident.restored is None else (incident.restored["generation"], incident.restored["step"])
+            self.require(began == parent, f"incident {incident.number} says restored {began}, it was {parent}")
         self.next_incident = max(self.next_incident, incident.number + 1)
         self._incidents[incident.number] = incident
         if incident.closed:

@@ -1,0 +1,77 @@
+"""Campaigns of the simulation: many seeds, each a run with faults that must end as if there had been none.
+
+`CKPTD_SIM_SEEDS` and `CKPTD_SIM_FIRST_SEED` choose how many seeds and from where; ``python -m tests.simulation`` runs
+the same on several cores and replays a single seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+
+import pytest
+from tests.simulation.node import Node, SimulationError, run
+from tests.simulation.options import Options
+
+SEEDS = int(os.environ.get("CKPTD_SIM_SEEDS", "800"))
+FIRST_SEED = int(os.environ.get("CKPTD_SIM_FIRST_SEED", "0"))
+
+REACHED = (
+    "fresh start", "from memory", "from disk", "killed in a capture", "killed during a flush",
+    "killed before the first step", "agent killed during a flush", "agent between two effects", "launcher", "FlushFailed",
+    "FetchFailed", "RestoreFailed", "CaptureMissed", "step back", "restart", "stop", "checkpoint skipped",
+    "snapshot abandoned", "restart delayed",
+)  # fmt: skip
+"""What a campaign must have met, or its faults don't reach what they are meant to test."""
+
+
+@pytest.mark.timeout(0 if SEEDS > 2000 else 120)
+def test_every_seed_finishes_within_the_design():
+    """Proves that no seed breaks an invariant and every job finishes, and that the faults reach what they should."""
+    seen: Counter[str] = Counter()
+    for seed in range(FIRST_SEED, FIRST_SEED + SEEDS):
+        seen += run(seed).witness.seen
+    if SEEDS >= 800:
+        assert [what for what in REACHED if not seen[what]] == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_twenty_kills_of_ranks_cost_nothing_but_time(seed):
+    """Proves that 20 kills in 400 steps, whenever they come, leave the state and the checkpoint of a quiet run."""
+    options = Options(total_steps=400, faults=20, fault_chance=0.005, fault_kinds=("rank",), every_s=0.5, step_s=0.05)
+    node = run(seed, options)
+    assert node.witness.seen["rank"] == 20
+    assert node.witness.seen["from memory"] + node.witness.seen["fresh start"] == node.witness.started
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_memory_makes_a_dead_disk_harmless_to_restarts(seed):
+    """Proves that restarts go on from memory while every write to the disk fails, and that the end is no success."""
+    options = Options(
+        total_steps=60, faults=6, fault_chance=0.005, fault_kinds=("rank",), every_s=0.3, write_error_chance=1.0
+    )
+    node = Node(seed, options)
+    while node.clock.now_s < 30 and not node.witness.hopeless():
+        node.clock.step(node.fault_point)
+        node.witness.after_event()
+    assert node.disk.manifests == {}
+    assert node.witness.seen["from disk"] == 0
+
+
+def test_a_seed_is_a_run():
+    """Proves that a seed replays a run event for event, without which a failure could not be looked into."""
+    first, second = run(7), run(7)
+    assert first.clock.events == second.clock.events
+    assert first.lines() == second.lines()
+
+
+def test_a_failure_says_how_to_replay_it(monkeypatch):
+    """Proves that a broken run names its seed and ends with a short trace."""
+    monkeypatch.setattr("tests.simulation.witness.Witness.job_finished", lambda witness: witness.require(False, "no"))
+    with pytest.raises(SimulationError) as caught:
+        run(11, dataclasses.replace(Options.draw(11), faults=0))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "ViolationError: no"
+    assert lines[1] == "replay: python -m tests.simulation --first 11 --seeds 1 --trace"
+    assert 10 < len(lines) < 80

@@ -1,0 +1,193 @@
+"""The witness sees what it is there to see: each test breaks one rule of the core and expects it to be named."""
+
+from __future__ import annotations
+
+import pytest
+from tests.simulation.node import SimulationError, run
+
+from ckptd.core import keeper, lineage
+from ckptd.core.events import Claim, Flush
+from ckptd.core.job import JobMachine
+from ckptd.core.policy.retention import Verdict
+from ckptd.core.recovery import Recovery
+from ckptd.core.restore import Offers
+from ckptd.core.snapshots import Snapshot, SnapshotBook, SnapshotEvent, SnapshotState
+from ckptd.types import CheckpointId
+
+SEEDS = 600
+
+
+def release_newest(patch):
+    """Lets the newest snapshot go as soon as it is committed."""
+    release = SnapshotBook.release
+
+    def broken(book):
+        newest = book.newest
+        if newest is not None and newest.state is SnapshotState.COMMITTED:
+            newest.refused = True
+        return release(book)
+
+    patch.setattr(SnapshotBook, "release", broken)
+
+
+def release_under_a_flush(patch):
+    """Lets a slot go while a flush reads it."""
+    release = SnapshotBook.release
+
+    def broken(book):
+        flushing = book.flushing
+        freed = release(book)
+        if flushing is not None and len(book.snapshots) > 1:
+            freed += [slot for slot, held in book._holds.items() if held == flushing.id]
+        return freed
+
+    patch.setattr(SnapshotBook, "release", broken)
+
+
+def plan_without_memory(patch):
+    """Restores from the disk although there is something newer in memory."""
+    plan = Offers.plan
+    patch.setattr(Offers, "plan", lambda offers, _newest: plan(offers, None))
+
+
+def complete_without_the_last(patch):
+    """Takes a snapshot for complete before the last rank has sealed."""
+    seal = SnapshotBook.seal
+
+    def broken(book, *arguments, **named):
+        snapshot = seal(book, *arguments, **named)
+        if snapshot.state is SnapshotState.ANNOUNCED and len(snapshot.slots) == book.world_size - 1:
+            snapshot.move(SnapshotEvent.ALL_SEALED)
+        return snapshot
+
+    patch.setattr(SnapshotBook, "seal", broken)
+
+
+def complete_after_a_death(patch):
+    """Takes in what survivors seal although a rank has died."""
+    patch.setattr(keeper.Keeper, "abandon", lambda *_: [])
+
+
+def offer_what_was_left_behind(patch):
+    """Forgets that a step back has left newer checkpoints behind."""
+
+    def broken(parents, committed):
+        return sorted(committed, reverse=True)
+
+    patch.setattr(lineage, "candidates", broken)
+    patch.setattr(Offers, "began_with", lambda offers, _offer: setattr(offers, "at_most_step", None))
+
+
+def forget_the_store(patch):
+    """Begins afresh although the disk has checkpoints."""
+    patch.setattr(lineage, "candidates", lambda _parents, _committed: [])
+
+
+def offer_a_refused_one_again(patch):
+    """Offers what has failed to restore."""
+    patch.setattr(SnapshotBook, "refuse", lambda _book, _checkpoint: None)
+    patch.setattr(Offers, "refused", property(lambda _: set(), lambda _, __: None), raising=False)
+
+
+def prune_the_newest(patch):
+    """Keeps the oldest instead of the newest."""
+
+    def broken(checkpoints, policy, in_use):
+        return [Verdict(item, place == 0, "mutation") for place, item in enumerate(sorted(set(checkpoints)))]
+
+    patch.setattr("ckptd.core.policy.retention.judge", broken)
+
+
+def flush_two_at_once(patch):
+    """Does not wait for the flush under way."""
+    patch.setattr(SnapshotBook, "flushing", property(lambda _book: None))
+
+
+def flush_the_other_slot(patch):
+    """Flushes a slot that holds something else."""
+
+    def broken(_keeper, snapshot):
+        slots = {rank: 1 - slot if slot < 2 else slot for rank, slot in snapshot.slots.items()}
+        return Flush(snapshot.id, None, slots, dict(snapshot.image_bytes), {})
+
+    patch.setattr(keeper.Keeper, "_flush", broken)
+
+
+def flush_one_rank_only(patch):
+    """Commits without the shard of the last rank."""
+
+    def broken(_keeper, snapshot):
+        first = min(snapshot.slots)
+        return Flush(snapshot.id, None, {first: snapshot.slots[first]}, dict(snapshot.image_bytes), {})
+
+    patch.setattr(keeper.Keeper, "_flush", broken)
+
+
+def claim_the_same_number(patch):
+    """Uses a generation number twice."""
+
+    def broken(machine, offer):
+        machine._offer = offer
+        return [Claim(1, None if offer is None else offer.id)]
+
+    patch.setattr(JobMachine, "_claim", broken)
+    patch.setattr("tests.simulation.disk.Disk.generation_counter", property(lambda _: 0, lambda _, __: None))
+
+
+def end_without_the_last_flush(patch):
+    """Calls a job finished before its last snapshot is on the disk."""
+    patch.setattr(keeper.Keeper, "pending", property(lambda _keeper: False))
+
+
+def close_incidents_early(patch):
+    """Takes the commit of a flush that outlived its generation for the sign of recovery."""
+    patch.setattr(Recovery, "committed", lambda recovery, _checkpoint: recovery.close())
+
+
+def never_decide(patch):
+    """Waits for ever after a failure."""
+    patch.setattr(JobMachine, "_decide", lambda _machine, _now: [])
+
+
+MUTATIONS = [
+    (release_newest, "begins with|, the newest"),
+    (release_under_a_flush, "while a flush reads it"),
+    (plan_without_memory, "begins with"),
+    (complete_without_the_last, "which is not complete"),
+    (complete_after_a_death, "which is not complete|begins with"),
+    (offer_what_was_left_behind, "begins with|is no ancestor"),
+    (forget_the_store, "a fresh start though there are checkpoints"),
+    (offer_a_refused_one_again, "begins with"),
+    (prune_the_newest, "is removed and nothing newer is committed"),
+    (flush_two_at_once, "a second flush begins"),
+    (flush_the_other_slot, "was digested wrong|while a flush reads it"),
+    (flush_one_rank_only, "lacks shard"),
+    (claim_the_same_number, "is taken twice"),
+    (end_without_the_last_flush, "the final checkpoint is not committed"),
+    (close_incidents_early, "was closed before its restart"),
+    (never_decide, "for ever"),
+]
+
+
+@pytest.mark.parametrize(("mutation", "named"), MUTATIONS, ids=[mutation.__name__ for mutation, _ in MUTATIONS])
+def test_a_broken_core_is_noticed(monkeypatch, mutation, named):
+    """Proves that the simulation notices a core that breaks one of its rules, and names the rule."""
+    mutation(monkeypatch)
+    with pytest.raises(SimulationError, match=named):
+        for seed in range(SEEDS):
+            run(seed)
+
+
+def test_a_wrong_state_is_noticed(monkeypatch):
+    """Proves that a rank which trains on from wrong content is noticed, even if every message is right."""
+    monkeypatch.setattr("tests.simulation.witness.Witness.rank_restores", lambda *_: None)
+    monkeypatch.setattr("tests.simulation.ranks.RankProcess.restored_state", lambda _rank, cell: cell.state ^ 1)
+    with pytest.raises(SimulationError, match="was sealed wrong|ends as"):
+        for seed in range(SEEDS):
+            run(seed)
+
+
+def test_snapshot_ids_order_by_generation_first():
+    """Proves what the witness relies on: a newer generation's snapshot is the newer one, whatever its step."""
+    assert CheckpointId(2, 1) > CheckpointId(1, 9)
+    assert Snapshot(CheckpointId(1, 1), 0.0).state is SnapshotState.ANNOUNCED

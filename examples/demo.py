@@ -53,7 +53,7 @@ def kill_rank(run, env):
 
 
 def digest(job, env):
-    """Return the SHA-256 of weights and optimizer in a job's last checkpoint, read with nothing but json and safetensors."""
+    """Return the SHA-256 of weights and optimizer in a job's last checkpoint, read with json and safetensors alone."""
     newest = max(Path(env["DEMO"]).glob(f"runs/{job}/g*/s*/manifest.json"))
     manifest = json.loads(newest.read_text())
     result = {}

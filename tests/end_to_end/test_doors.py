@@ -71,7 +71,8 @@ def test_the_daemon_runs_a_submitted_job(world: World) -> None:
     until(path.exists, "the socket")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     (world.folder / "job.toml").write_text(
-    """Ranks of torchrun attach to an embedded agent; after a kill torchrun restarts them and ckptd restores."""
+        f'command = ["{TRAIN}", "100000", "--pause=0.01"]\nname = "nightly"\nnproc = 2\n'
+        'every = "200ms"\nstore = "runs"\n'
     )
     assert "job nightly started" in world.ctl("submit", "job.toml").stdout
     world.until_training("nightly", 20, committed=True)

@@ -20,6 +20,11 @@ def say(text: str) -> None:
     print(f"ckptd: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
+def as_ckptd_error(error: BaseException) -> CkptdError:
+    """Return any error in the form that can be shown in a line and told to the agent."""
+    return error if isinstance(error, CkptdError) else CkptdError(f"{type(error).__name__}: {error}")
+
+
 class Guard:
     """Runs ckptd's own work inside training.
 
@@ -30,7 +35,6 @@ class Guard:
     def __init__(self, *, strict: bool, on_open: Callable[[], None]) -> None:
         self.strict = strict
         self.open = False
-        self.last_error: CkptdError | None = None
         self._faults = 0
         self._on_open = on_open
 
@@ -49,10 +53,14 @@ class Guard:
         return result
 
     def _fault(self, what: str, error: Exception) -> None:
-        self.last_error = error if isinstance(error, CkptdError) else CkptdError(f"{type(error).__name__}: {error}")
         self._faults += 1
-        say(f"{what} failed: {self.last_error}")
+        say(f"{what} failed: {as_ckptd_error(error)}")  # the error itself is not kept: its traceback may hold slots
         if self._faults >= FAULTS_BEFORE_OPEN:
+            self.trip(f"{self._faults} faults in a row")
+
+    def trip(self, why: str) -> None:
+        """Open the breaker, because of faults or because trying again is of no use."""
+        if not self.open:
             self.open = True
-            say(f"{self._faults} faults in a row: training goes on UNPROTECTED, without further checkpoints")
+            say(f"{why}: training goes on UNPROTECTED, without further checkpoints")
             self._on_open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, MutableMapping
@@ -10,7 +11,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from ckptd.client.framework import Binding
-from ckptd.client.guard import Guard
+from ckptd.client.guard import Guard, as_ckptd_error
 from ckptd.client.session import Session, restore_failed
 from ckptd.errors import AgentError, CkptdError, DamagedError, StateError
 from ckptd.protocol import messages as m
@@ -18,6 +19,8 @@ from ckptd.protocol.page import NEVER, Phase, Word
 
 _STEP, _BEAT, _PHASE, _CAPTURE = int(Word.STEP), int(Word.BEAT_NS), int(Word.PHASE), int(Word.CAPTURE_STEP)
 _FINAL_SLOT_DEADLINE_S = 120.0
+_LOOK_EVERY_NS = 5 * 10**9
+"""How often a rank looks whether its agent is still there; it costs a system call."""
 _runs: list[Run] = []
 
 
@@ -46,7 +49,7 @@ class Run:
         self._guard = Guard(strict=strict, on_open=self._unprotect)
         self._words: Any = _dead_words()
         self._step = 0
-        self._fresh = True
+        self._look_ns = 0
         self._handled = NEVER
         self._captured_step = -1
         self._values: dict[str, Any] = {}
@@ -71,9 +74,9 @@ class Run:
         self._step = step
         words = self._words
         words[_STEP] = step
-        words[_BEAT] = monotonic_ns()
-        if step >= words[_CAPTURE] or self._fresh:
-            self._boundary(step)
+        words[_BEAT] = now_ns = monotonic_ns()
+        if step >= words[_CAPTURE] or now_ns >= self._look_ns:
+            self._boundary(step, now_ns)
 
     def report(self, **values: Any) -> None:
         """Report metrics of the present step, such as `loss`; the next checkpoint's manifest carries them.
@@ -87,7 +90,7 @@ class Run:
 
     def checkpoint(self) -> None:
         """Ask for a checkpoint at the next step that all ranks can meet; returns at once."""
-        self._guard.run("asking for a checkpoint", self._tell, m.Request(self._step))
+        self._guarded("asking for a checkpoint", self._tell, m.Request(self._step))
 
     def attach(self, **state: Any) -> Run:
         """Attach the objects of a run that `@resumable` handed over, and restore them; to be called once."""
@@ -104,21 +107,30 @@ class Run:
 
     # --- boundaries -------------------------------------------------------------------------------------------
 
-    def _boundary(self, step: int) -> None:
+    def _boundary(self, step: int, now_ns: int) -> None:
         if self._session is None:
-            self._fresh = False
+            self._look_ns = NEVER
             return
-        if self._fresh:
-            self._fresh = False
-            self._guard.run("preparing slots", self._first_step, step)
+        if now_ns >= self._look_ns:
+            first, self._look_ns = self._look_ns == 0, now_ns + _LOOK_EVERY_NS
+            if first:
+                self._guarded("preparing slots", self._first_step, step)
+            else:
+                self._guarded("a look at the agent", self._session.check)
         wanted = self._words[_CAPTURE]
         if step < wanted or wanted == self._handled:
             return
         self._handled = wanted
         if step == wanted:
-            self._guard.run("a capture", self._capture_or_tell, step)
+            self._guarded("a capture", self._capture_or_tell, step)
         else:
-            self._guard.run("a message", self._tell, m.Missed(wanted, step))
+            self._guarded("a message", self._tell, m.Missed(wanted, step))
+
+    def _guarded(self, what: str, work: Callable[..., None], *arguments: Any) -> None:
+        """Do something that may fail; a connection that is lost with it is lost for good."""
+        self._guard.run(what, work, *arguments)
+        if self._session is not None and self._session.lost:
+            self._guard.trip("the connection to the agent is lost")
 
     def _first_step(self, step: int) -> None:
         self._tell(m.Stepped(step, time.monotonic()))
@@ -131,8 +143,9 @@ class Run:
     def _capture_or_tell(self, step: int) -> None:
         try:
             self._capture(step, final=False)
-        except CkptdError as error:
-            self._tell(m.Missed(step, step, error.to_json()))
+        except BaseException as error:  # whatever it was, the agent must not wait for this step
+            with contextlib.suppress(CkptdError):
+                self._tell(m.Missed(step, step, as_ckptd_error(error).to_json()))
             raise
 
     def _capture(self, step: int, *, final: bool) -> None:
@@ -151,13 +164,12 @@ class Run:
             if slot is None:
                 raise AgentError("every slot is busy")
             view = slot.view
-            try:
-                image.write(view)
-            finally:
-                view.release()
+            image.write(view)
+            view.release()  # after a fault it goes with the traceback, which may hold parts of it
+            numbers = self._numbers()
             session.page.seal(slot.number)
             took_s = time.monotonic() - begin_s
-            session.tell(m.Seal(step, slot.number, image.image_bytes, took_s, self._numbers(), final))
+            session.tell(m.Seal(step, slot.number, image.image_bytes, took_s, numbers, final))
             self._captured_step = step
         finally:
             self._words[_PHASE] = Phase.TRAINING
@@ -167,7 +179,7 @@ class Run:
         for name, value in self._values.items():
             try:
                 number = float(value)
-            except (TypeError, ValueError, RuntimeError):
+            except (TypeError, ValueError, ArithmeticError, RuntimeError):
                 continue  # not a number: nothing a manifest could hold
             if number - number == 0:  # JSON has no NaN and no infinity
                 numbers[name] = number
@@ -182,6 +194,7 @@ class Run:
         self.state = binding.state
         self.generation = session.generation
         self._words = session.page.words
+        self._look_ns = 0
         _runs.append(self)
         session.reserve(binding.prepare().image_bytes)
         if session.offer is not None:
@@ -194,16 +207,13 @@ class Run:
             return
         self._words[_PHASE] = Phase.RESTORING
         begin_s = time.monotonic()
-        view = session.slots[int(offer["slot"])].view
-        image = view[: int(offer["image_bytes"])]
+        image = session.slots[int(offer["slot"])].view[: int(offer["image_bytes"])]
         try:
             binding.restore(image, offer["digests"])
         except (StateError, DamagedError) as error:
             session.tell(restore_failed(offer, error))
             raise
-        finally:
-            image.release()
-            view.release()
+        image.release()
         seconds = time.monotonic() - begin_s
         step = int(offer["step"])
         self.restored = Restored(int(offer["generation"]), step, str(offer["tier"]), seconds)
@@ -213,9 +223,11 @@ class Run:
 
     def close(self) -> None:
         """End the run after its last step: a final capture, and a wait until it is durable."""
-        if self._session is not None:
-            self._guard.run("the last checkpoint", self._finish)
-        self._unprotect()
+        try:
+            if self._session is not None:
+                self._guard.run("the last checkpoint", self._finish)
+        finally:
+            self._unprotect()
 
     def _finish(self) -> None:
         session = self._need_session()
@@ -233,9 +245,11 @@ class Run:
             session.close()
 
     def _forked(self) -> None:
-        """Forget the session in a forked child: it belongs to the parent."""
+        """Let go of the session in a forked child: it belongs to the parent."""
         self._words = _dead_words()
-        self._session = None
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -247,7 +261,8 @@ class Run:
             self.close()
             return
         if error is not None and isinstance(error, Exception):
-            self._guard.run("reporting the exception", self._report_exception, error)
+            with contextlib.suppress(CkptdError):  # also when strict: the exception on its way matters more
+                self._guard.run("reporting the exception", self._report_exception, error)
         self._unprotect()
 
     def _report_exception(self, error: Exception) -> None:

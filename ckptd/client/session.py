@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,18 +27,19 @@ class LentSlot:
     def __init__(self, number: int, descriptor: int, size_bytes: int) -> None:
         self.number = number
         self.size_bytes = size_bytes
+        # No MADV_DONTFORK: a shared map costs a fork nothing, while a child that unmaps what it does not have may
+        # hit what it has mapped there instead.
         self._map = mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        # A worker process that the script forks must neither pay for these pages nor write them.
-        self._map.madvise(mmap.MADV_DONTFORK)
 
     @property
     def view(self) -> memoryview:
-        """The whole slot, writable. Release every view before `close`."""
+        """The whole slot, writable."""
         return memoryview(self._map)
 
     def close(self) -> None:
-        """Unmap it."""
-        self._map.close()
+        """Unmap it, at the latest with the last view, which the traceback of a fault may hold."""
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
 
 class Session:
@@ -98,6 +101,25 @@ class Session:
     def tell(self, message: m.Message) -> None:
         """Send a message that needs no answer."""
         self._channel.send(message, SEND_DEADLINE_S)
+
+    def check(self) -> None:
+        """Raise `AgentError` when the agent has closed the connection; costs one system call."""
+        stream = self._channel.stream
+        try:
+            stream.settimeout(0)
+            gone = not stream.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return
+        except OSError:
+            gone = True
+        if gone:
+            self._channel.close()
+            raise AgentError("the agent has closed the connection")
+
+    @property
+    def lost(self) -> bool:
+        """Whether the connection is closed, and so nothing can be told or asked any more."""
+        return self._channel.stream.fileno() < 0
 
     def leave(self, step: int) -> None:
         """Leave the training block; returns when nothing of this rank waits to be committed."""

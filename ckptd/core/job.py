@@ -11,61 +11,34 @@ in production, the simulator's in tests.
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from ckptd.core import events as e
+from ckptd.core.ending import LIVE, Ending
 from ckptd.core.events import Effect, Log
 from ckptd.core.generation import Generation
-from ckptd.core.job_states import JOB_TABLE, TERMINAL, JobEvent, JobState
-from ckptd.core.keeper import Keeper
-from ckptd.core.policy.restart import RestartPolicy
-from ckptd.core.policy.retention import RetentionPolicy
-from ckptd.core.recovery import Recovery
+from ckptd.core.job_spec import JobSpec, Now
+from ckptd.core.job_states import TERMINAL, JobEvent, JobState
 from ckptd.core.restore import MEMORY, Offers, Source, nothing_left
-from ckptd.errors import CkptdError, ConfigError, DamagedError, JobFailedError, MemoryBudgetError
+from ckptd.errors import ConfigError, DamagedError, JobFailedError, MemoryBudgetError
 from ckptd.types import Evidence
 
+__all__ = ["JobMachine", "JobSpec", "Now"]
+
 _UNPROTECTED_AFTER_S = 30.0
-_TERM_GRACE_S = 5.0
-_LIVE = (JobState.STARTING, JobState.RUNNING)
 
 
-class Now(NamedTuple):
-    """A reading of both clocks: `s` monotonic for decisions, `wall` for people."""
+class JobMachine(Ending):
+    """Supervises one job. Feed it every input in order; carry out the effects that it returns in order.
 
-    s: float
-    wall: float
-
-
-@dataclass(frozen=True, slots=True)
-class JobSpec:
-    """What the machine needs to know of a job. `supervised` means that the agent starts and kills the ranks."""
-
-    job: str
-    world_size: int
-    every_s: float
-    supervised: bool = True
-    retention: RetentionPolicy = field(default_factory=RetentionPolicy)
-    restart: RestartPolicy = field(default_factory=RestartPolicy)
-
-
-class JobMachine:
-    """Supervises one job. Feed it every input in order; carry out the effects that it returns in order."""
+    What leads to a terminal state is in `Ending`, all the rest is here.
+    """
 
     def __init__(self, spec: JobSpec, first_incident: int = 1) -> None:
-        self.spec = spec
-        self.state = JobState.PENDING
-        self.keeper = Keeper(spec.world_size, spec.every_s, spec.retention)
-        self.generation: Generation | None = None
-        self.recovery = Recovery(spec.job, spec.restart, first_incident)
+        super().__init__(spec, first_incident)
         self.offers = Offers()
         self._last_generation = 0
         self._offer: Source | None = None
         self._waiting: dict[int, int] = {}
-        self._wake_at_s: float | None = None
-        self._kill_at_s: float | None = None
-        self._outcome: tuple[JobEvent, CkptdError | None] = (JobEvent.FINISH, None)
         self._warned_unprotected = False
 
     def handle(self, event: e.Input, now: Now) -> list[Effect]:
@@ -136,11 +109,14 @@ class JobMachine:
     def _plan(self, now: Now) -> list[Effect]:
         if self.state is not JobState.PREPARING:
             return []  # stopped meanwhile
+        for checkpoint in self.offers.refused:  # not before: a rank might still be on its way to it
+            self.keeper.book.refuse(checkpoint)
+        effects = self.keeper.tick(now.s)  # a fetch may need the slots of what was refused
         try:
             plan = self.offers.plan(self.keeper.book.newest)
         except DamagedError as error:
-            return self._give_up(error, now)
-        return [Log("restore planned", {"reasons": list(plan.reasons)}, level="debug"), *self._next_source()]
+            return effects + self._give_up(error, now)
+        return [*effects, Log("restore planned", {"reasons": list(plan.reasons)}, level="debug"), *self._next_source()]
 
     def _next_source(self) -> list[Effect]:
         source = self.offers.next()
@@ -187,7 +163,7 @@ class JobMachine:
 
     def _joined(self, event: e.RankJoined, now: Now) -> list[Effect]:
         generation = self.generation
-        if generation is None or self.state not in _LIVE or event.rank in generation.joined:
+        if generation is None or self.state not in LIVE or event.rank in generation.joined:
             if self.spec.supervised:
                 return []  # it was sent before the kill that is on its way to it
             # A rank of the next incarnation may be here before the last exit of this one was seen.
@@ -249,32 +225,33 @@ class JobMachine:
         if generation is None or event.rank not in generation.joined:
             return []
         generation.steps[event.rank] = max(event.step, generation.steps[event.rank])
-        return self.keeper.sealed(event, now.s, training=self.state in (*_LIVE, JobState.STOPPING))
+        return self.keeper.sealed(event, now.s, training=self.state in (*LIVE, JobState.STOPPING))
 
     def _left(self, now: Now) -> list[Effect]:
         """Dismiss the ranks once all have left and nothing waits for its commit."""
         generation = self.generation
-        if generation is None or not generation.all_in(generation.left):
+        if generation is None:
             return []
+        dismissed: list[Effect] = [e.Dismiss(rank) for rank in sorted(generation.left - generation.gone)]
+        if not generation.all_in(generation.left):
+            # Without the others nothing will be committed. That some don't attach at all has been said.
+            return dismissed if self._warned_unprotected and not generation.all_in(generation.joined) else []
         effects = self.keeper.abandon("training ended before it", now.s)
-        if not self.keeper.pending or self.keeper.hopeless:
-            effects += [e.Dismiss(rank) for rank in sorted(generation.left - generation.gone)]
-        return effects
+        return effects if self.keeper.pending and not self.keeper.hopeless else effects + dismissed
 
     def _flush_ended(self, event: e.Committed | e.FlushFailed, now: Now) -> list[Effect]:
         if isinstance(event, e.FlushFailed):
             effects = self.keeper.on_flush_failed(event, now.s)
         else:
-            usable = not self.keeper.book.snapshots[event.id].refused
+            usable = not (self.keeper.book.snapshots[event.id].refused or event.id in self.offers.refused)
             effects = self.keeper.on_committed(event, now.s, usable=usable)
             if usable:
                 self.offers.committed(Source(event.id, event.tier), self.keeper.committed)
             effects += self.recovery.committed(event.id)
         if self.state is JobState.DRAINING:
             return effects + self._drain(now)
-        if self.state is JobState.STOPPING:
-            return effects + self._stop_when_durable(now)
-        return effects + self._left(now)
+        effects += self._left(now)
+        return effects + self._stop_when_durable(now) if self.state is JobState.STOPPING else effects
 
     # --- failure ----------------------------------------------------------------------------------------------
 
@@ -287,11 +264,12 @@ class JobMachine:
         generation.gone.add(event.rank)
         effects: list[Effect] = []
         evidence = event.evidence
-        if evidence is None and not self.spec.supervised and not generation.all_in(generation.joined):
+        absent = not (generation.all_in(generation.joined) or self._warned_unprotected)
+        if evidence is None and not self.spec.supervised and absent:
             # Nobody is let go before all have left, so its launcher has ended it.
             summary = f"rank {event.rank} ended before every rank had joined"
             evidence = Evidence("exit", "vanished", event.rank, 1.0, summary, now.s)
-        if evidence is not None and self.state in _LIVE:
+        if evidence is not None and self.state in LIVE:
             effects += self._fail(evidence, event.last_lines, now)
         elif evidence is not None and self.state is JobState.FENCED:
             self.recovery.consequence(evidence)
@@ -303,14 +281,14 @@ class JobMachine:
 
     def _nobody_left(self, generation: Generation) -> bool:
         """Whether every rank is gone; of an attached job that has failed, every rank that ever came."""
-        if self.spec.supervised or self.state in _LIVE:
+        if self.spec.supervised or self.state in LIVE:
             return generation.all_in(generation.gone)
         return generation.joined <= generation.gone
 
     def _launcher_exited(self, event: e.LauncherExited, now: Now) -> list[Effect]:
-        if self.generation is None or self.state not in (*_LIVE, JobState.FENCED, JobState.STOPPING):
+        if self.generation is None or self.state not in (*LIVE, JobState.FENCED, JobState.STOPPING):
             return []
-        effects = self._fail(event.evidence, (), now) if self.state in _LIVE else []
+        effects = self._fail(event.evidence, (), now) if self.state in LIVE else []
         self.generation.gone = set(range(self.spec.world_size))
         return effects + self._all_gone(now)
 
@@ -356,13 +334,12 @@ class JobMachine:
 
     def _restore_failed(self, event: e.RestoreFailed) -> list[Effect]:
         fields = {"rank": event.rank, "step": event.id.step, "error": str(event.error)}
-        if isinstance(event.error, DamagedError) and self.state is not JobState.PREPARING:  # then it is decided already
+        if isinstance(event.error, DamagedError):
             self.offers.refused.add(event.id)
-            self.keeper.book.refuse(event.id)
         return [Log("restore failed", fields, level="error")]
 
     def _restart_wanted(self, event: e.RestartWanted, now: Now) -> list[Effect]:
-        if self.state not in _LIVE or self.generation is None or not self.generation.pids:
+        if self.state not in LIVE or self.generation is None or not self.generation.pids:
             return []  # it is starting anyway
         if event.step is not None:
             if not self.offers.reach(event.step, self.keeper.book.complete):
@@ -373,68 +350,7 @@ class JobMachine:
         evidence = Evidence("operator", "requested", None, 1.0, "a restart was asked for", now.s)
         return self._fail(evidence, (), now)
 
-    # --- ending -----------------------------------------------------------------------------------------------
-
-    def _setup_failed(self, error: CkptdError, now: Now) -> list[Effect]:
-        """End the job at once: a rank that never came to be will not be seen to go."""
-        if self.state not in (JobState.PREPARING, *_LIVE, JobState.FENCED, JobState.STOPPING):
-            return []
-        effects: list[Effect] = [] if self.state is JobState.PREPARING else self._kill()
-        if self.state is JobState.STOPPING:
-            self._move(JobEvent.GONE)
-            return effects + self._drain(now)
-        if self.state in _LIVE:
-            self._move(JobEvent.STOP)
-        return effects + self._give_up(error, now)
-
-    def _kill(self) -> list[Effect]:
-        return [e.Kill(signal.SIGKILL)] if self.spec.supervised else []
-
-    def _give_up(self, error: CkptdError, now: Now) -> list[Effect]:
-        self._outcome = (JobEvent.GIVE_UP, error)
-        self._move(JobEvent.GONE)
-        return self._drain(now)
-
-    def _stop(self, event: e.StopWanted, now: Now) -> list[Effect]:
-        if self.state in (JobState.STOPPING, JobState.DRAINING):
-            if not event.checkpoint and self.state is JobState.STOPPING:
-                self._wake_at_s = self._kill_at_s = None
-                return [e.Kill(signal.SIGKILL)]
-            return []
-        was, generation = self.state, self.generation
-        self._outcome = (JobEvent.HALT, None)
-        self._move(JobEvent.STOP)
-        if was not in _LIVE or generation is None or not generation.pids:
-            effects = self._kill() if was in _LIVE else []
-            self._move(JobEvent.GONE)
-            return effects + self._drain(now)
-        if event.checkpoint and was is JobState.RUNNING and generation.training:
-            self.keeper.want(now.s)
-            self._wake_at_s = now.s + event.grace_s
-            return [Log("stopping", {"step": generation.newest_step, "grace_s": event.grace_s})]
-        return self._terminate(now)
-
-    def _stop_when_durable(self, now: Now) -> list[Effect]:
-        waits = self.keeper.wished or self.keeper.announced or self.keeper.pending
-        return [] if self._wake_at_s is None or waits else self._terminate(now)
-
-    def _terminate(self, now: Now) -> list[Effect]:
-        self._wake_at_s = None
-        self._kill_at_s = now.s + _TERM_GRACE_S
-        return [e.Kill(signal.SIGTERM)]
-
-    def _drain(self, now: Now) -> list[Effect]:
-        """End the job once nothing in memory waits for its commit, or waiting is hopeless."""
-        effects = self.keeper.abandon("the job is ending", now.s)
-        if self.keeper.pending and not self.keeper.hopeless:
-            return effects
-        event, error = self._outcome
-        if error is None and self.keeper.hopeless:
-            event = JobEvent.GIVE_UP
-            error = JobFailedError("the last snapshot could not be made durable", hint="see the flush errors above")
-        self._move(event)
-        exception = self.recovery.exception if error is not None else None
-        return [*effects, *self.recovery.close(), e.End(self.state.value, error, exception)]
+    # --- time -------------------------------------------------------------------------------------------------
 
     def _tick(self, now: Now) -> list[Effect]:
         effects = self.keeper.tick(now.s)
@@ -463,7 +379,4 @@ class JobMachine:
         if not generation.joined:
             self._move(JobEvent.TRAINING)  # it may be a script that knows nothing of ckptd
         hint = "nothing is checkpointed until every rank calls ckptd.attach(...)"
-        return [Log("ranks not attached", {"ranks": missing, "hint": hint}, level="warning")]
-
-    def _move(self, event: JobEvent) -> None:
-        self.state = JOB_TABLE.next(self.state, event)
+        return [Log("ranks not attached", {"ranks": missing, "hint": hint}, level="warning"), *self._left(now)]

@@ -27,6 +27,8 @@ from ckptd.core.snapshots import Snapshot, SnapshotBook, SnapshotEvent, Snapshot
 from ckptd.types import CheckpointId
 
 _FLUSH_RETRY_MAX_S = 60.0
+_TAKEN = frozenset({"self", "event", "level", "timestamp", "job", "exc_info", "exception", "stack", "stack_info"})
+"""What a log line calls its own: a metric of that name is in the manifest only."""
 FINAL_FLUSH_TRIES = 4
 
 
@@ -70,6 +72,8 @@ class Keeper:
         """Take in what the tiers hold already."""
         self.committed = {}
         for source in sources:
+            if not self.committed:
+                self.last_committed = source
             self.committed.setdefault(source.tier, []).append(source.id)
 
     @property
@@ -199,8 +203,8 @@ class Keeper:
             "capture_s": round(snapshot.capture_s, 4),
             "flush_s": round(event.flush_s, 4),
             "durable_s": round(now_s - sealed_at_s + snapshot.capture_s, 4),
-            **snapshot.values,
         }
+        fields |= {name: value for name, value in snapshot.values.items() if name not in _TAKEN.union(fields)}
         pruned = self._prune(event.tier) if usable else []
         return [Log("checkpoint committed", fields), *pruned, *self._settle(now_s)]
 

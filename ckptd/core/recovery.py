@@ -84,6 +84,7 @@ class Recovery:
 
     def begins(self, offer: Source | None, now_s: float) -> list[Effect]:
         """Note that the next generation begins, and with what."""
+        self.exception = self.refusal = None  # it was not the last word
         if self.incident is None:
             return []
         self.restarts += 1

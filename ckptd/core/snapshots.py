@@ -65,14 +65,14 @@ Slot = tuple[int, int]
 
 @dataclass(slots=True)
 class Snapshot:
-    """One step's state in memory. `slots` and `image_bytes` are by rank, `values` the metrics reported there."""
+    """One step's state in memory. `slots`, `image_bytes` and `reported`, the metrics, are by rank."""
 
     id: CheckpointId
     announced_at_s: float
     state: SnapshotState = SnapshotState.ANNOUNCED
     slots: dict[int, int] = field(default_factory=dict)
     image_bytes: dict[int, int] = field(default_factory=dict)
-    values: dict[str, float] = field(default_factory=dict)
+    reported: dict[int, Mapping[str, float]] = field(default_factory=dict)
     capture_s: float = 0.0
     """The longest capture among its ranks: what training paid for it."""
     sealed_at_s: float | None = None
@@ -83,6 +83,12 @@ class Snapshot:
     def move(self, event: SnapshotEvent) -> None:
         """Take a transition of the table."""
         self.state = SNAPSHOT_TABLE.next(self.state, event)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The metrics of all ranks; of one that several report, the lowest rank's."""
+        ranks = sorted(self.reported, reverse=True)
+        return {name: value for rank in ranks for name, value in self.reported[rank].items()}
 
     @property
     def complete(self) -> bool:
@@ -126,7 +132,7 @@ class SnapshotBook:
             return snapshot or Snapshot(checkpoint, now_s, SnapshotState.VOID)
         snapshot.slots[rank] = slot
         snapshot.image_bytes[rank] = image_bytes
-        snapshot.values.update(values)
+        snapshot.reported[rank] = values
         if len(snapshot.slots) == self.world_size:
             snapshot.move(SnapshotEvent.ALL_SEALED)
             snapshot.sealed_at_s = now_s

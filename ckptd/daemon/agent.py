@@ -15,7 +15,6 @@ from ckptd.config import AgentConfig, JobConfig
 from ckptd.coordination.coordinator import Lease
 from ckptd.coordination.embedded import EmbeddedCoordinator
 from ckptd.core import events as e
-from ckptd.core.job_states import JobState
 from ckptd.daemon import requests
 from ckptd.daemon.arena import Budget
 from ckptd.daemon.processes import Processes
@@ -28,7 +27,6 @@ from ckptd.launcher.command import plan_command
 from ckptd.log import get_logger
 from ckptd.plugin.manager import PluginManager
 from ckptd.protocol import messages as m
-from ckptd.types import RaisedException
 
 _STORAGE_THREADS = 4
 _ANSWER_S = 2.0
@@ -108,10 +106,7 @@ class Agent:
     @property
     def idle(self) -> bool:
         """Whether nobody is connected and no job has anything left to do."""
-        return not self.server.peers and all(
-            job.ended.done() or (job.machine.state is JobState.PENDING and not job.machine.keeper.pending)
-            for job in self.jobs.values()
-        )
+        return not self.server.peers and all(job.idle for job in self.jobs.values())
 
     async def close(self, grace_s: float = 60.0) -> None:
         """Stop every job at its next boundary, then stop listening."""
@@ -137,7 +132,7 @@ class Agent:
                 self._join(peer, message)
             elif isinstance(message, m.Raised):
                 if message.job in self.jobs:
-                    exception = RaisedException.from_json(message.exception)
+                    exception = requests.exception_of(message)
                     self.jobs[message.job].raised(message.rank, message.generation, exception)
             elif peer in self._ranks:
                 requests.from_rank(*self._ranks[peer], message)
@@ -149,12 +144,22 @@ class Agent:
             peer.refuse(error)
 
     def _join(self, peer: Peer, message: m.Join) -> None:
+        if not 0 <= message.rank < message.world_size:
+            raise ConfigError(f"there is no rank {message.rank} among {message.world_size}")
         job = self.jobs.get(message.job)
-        if job is None or (job.ended.done() and not job.config.supervised):
+        if job is not None and job.ending:
+            job.ended.add_done_callback(lambda _: self._received(peer, message))
+            return
+        if job is None or job.ended.done():
             if message.generation:
                 raise FencedError(f"this agent does not run job {message.job}")
             job = self.submit(requests.attached_config(message, Path.cwd()))
-        if message.world_size != job.config.nproc or not 0 <= message.rank < message.world_size:
+        elif job.config.supervised and not message.generation:
+            raise FencedError(
+                f"job {message.job} is run by this agent, which starts its ranks itself",
+                hint="stop it first, or give this training another job=...",
+            )
+        if message.world_size != job.config.nproc:
             raise ConfigError(
                 f"rank {message.rank} of {message.world_size} can't join job {message.job} of {job.config.nproc} ranks",
                 hint="RANK and WORLD_SIZE must be those that ckptd set",
@@ -168,7 +173,7 @@ class Agent:
 
     def _closed(self, peer: Peer) -> None:
         job, rank = self._ranks.pop(peer, (None, None))
-        if job is not None and rank is not None and not rank.left:
+        if job is not None and rank is not None:
             job.disconnected(rank)
 
     def _control(self, peer: Peer, message: m.Message) -> None:

@@ -7,22 +7,23 @@ agent, so nothing can leak. Slots have small numbers that are unique within a ra
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptd.errors import MemoryBudgetError, invariant
+from ckptd.errors import AgentError, MemoryBudgetError, invariant
 from ckptd.protocol.page import MAX_SLOTS, PAGE_BYTES, ControlPage
 from ckptd.storage.image import round_up
 from ckptd.units import show_size
 
 _MARGIN_BYTES = 256 * 2**20
 _GRAIN_BYTES = 2**20
-_V2_ROOTS: tuple[str, ...] = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
-_V1_ROOTS: tuple[str, ...] = ("/sys/fs/cgroup/memory",)
+_PIECE_BYTES = 64 * 2**20
+"""How much is reserved at once. So much, and no more, is counted twice for each rank that is reserving."""
 
 
 @dataclass(slots=True)
@@ -41,15 +42,18 @@ class Slot:
 
     def close(self) -> None:
         """Give the memory back to the machine, once the rank has unmapped it too."""
-        self.map.close()
         os.close(self.descriptor)
+        with contextlib.suppress(BufferError):  # a storage thread still reads it, and the last view takes it along
+            self.map.close()
 
 
 class Budget:
     """How much memory the slots of all jobs may take together: `memory_max`, the cgroup and the machine."""
 
-    def __init__(self, memory_max_bytes: int = 0) -> None:
+    def __init__(self, memory_max_bytes: int = 0, root: Path = Path("/")) -> None:
+        """Take limits from the kernel's files below `root`."""
         self.memory_max_bytes = memory_max_bytes
+        self._root = root
         self.used_bytes = 0
         self._unsettled_bytes = 0
         self._lock = threading.Lock()
@@ -82,7 +86,7 @@ class Budget:
                 f" {show_size(self.memory_max_bytes - self.used_bytes)} of memory_max are left",
                 hint="raise CKPTD_MEMORY_MAX",
             )
-        free_bytes = max(0, available_bytes() - self._unsettled_bytes)
+        free_bytes = max(0, available_bytes(self._root) - self._unsettled_bytes)
         if size_bytes + _MARGIN_BYTES > free_bytes:
             raise MemoryBudgetError(
                 f"not enough memory for slots: {wanted} need {show_size(size_bytes)} ({size_bytes} bytes),"
@@ -99,6 +103,8 @@ class Arena:
         self._budget = budget
         self._slots_per_rank = slots_per_rank
         self._slots: dict[int, dict[int, Slot]] = {}
+        self._lock = threading.Lock()
+        self._closed = False
 
     def slots(self, rank: int) -> Mapping[int, Slot]:
         """Return a rank's slots by number."""
@@ -110,32 +116,50 @@ class Arena:
         Slots in `held` keep what they hold and are lent again if large enough; too small ones that hold nothing are
         given back first. Slow (the kernel clears the pages), so it runs in a thread; raises `MemoryBudgetError`.
         """
-        mine = self._slots.setdefault(rank, {})
-        for number, slot in list(mine.items()):
-            if slot.size_bytes < size_bytes and number not in held:
-                self._drop(rank, number)
-        good = [number for number, slot in mine.items() if slot.size_bytes >= size_bytes]
+        with self._lock:
+            mine = self._slots.setdefault(rank, {})
+            for number, slot in list(mine.items()):
+                if slot.size_bytes < size_bytes and number not in held:
+                    self._drop(rank, number)
+            good = [number for number, slot in mine.items() if slot.size_bytes >= size_bytes]
         missing = (self._slots_per_rank if count is None else count) - len(good)
         if missing > 0:
             # A little room to grow, so that a longer log or an extra parameter group needs no new slots.
             each = round_up(size_bytes + size_bytes // 32, _GRAIN_BYTES)
             self._budget.take(each * missing, f"{missing} slots of rank {rank} of job {self._job}")
-            before = len(mine)
-            try:
-                good += [self._add(rank, each) for _ in range(missing)]
-            except MemoryBudgetError:
-                self._budget.give(each * (missing - (len(mine) - before)))
-                raise
-            finally:
-                self._budget.settled(each * missing)
+            good += self._add(rank, each, missing)
         return sorted(good)
 
-    def _add(self, rank: int, size_bytes: int) -> int:
-        mine = self._slots[rank]
-        number = next(number for number in range(MAX_SLOTS) if number not in mine)
-        descriptor = _memfd(f"ckptd-{self._job}-r{rank}-{number}", size_bytes)
-        mine[number] = Slot(number, descriptor, size_bytes, mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED))
-        return number
+    def _add(self, rank: int, size_bytes: int, count: int) -> list[int]:
+        """Make slots that are booked; what can't be made is given back."""
+        numbers: list[int] = []
+        settled_bytes = 0
+
+        def settle(piece_bytes: int) -> None:
+            nonlocal settled_bytes
+            settled_bytes += piece_bytes
+            self._budget.settled(piece_bytes)
+
+        try:
+            while len(numbers) < count:
+                region = _region(f"ckptd-{self._job}-r{rank}", size_bytes, settle)
+                numbers.append(self._keep(rank, region))
+        finally:
+            self._budget.settled(size_bytes * count - settled_bytes)
+            self._budget.give(size_bytes * (count - len(numbers)))
+        return numbers
+
+    def _keep(self, rank: int, region: tuple[int, mmap.mmap]) -> int:
+        descriptor, mapped = region
+        with self._lock:
+            if not self._closed:
+                mine = self._slots[rank]
+                number = next(number for number in range(MAX_SLOTS) if number not in mine)
+                mine[number] = Slot(number, descriptor, len(mapped), mapped)
+                return number
+        mapped.close()
+        os.close(descriptor)
+        raise AgentError(f"job {self._job} ended while slots were reserved for it")
 
     def _drop(self, rank: int, number: int) -> None:
         slot = self._slots[rank].pop(number)
@@ -143,64 +167,95 @@ class Arena:
         slot.close()
 
     def close(self) -> None:
-        """Give everything back."""
-        for rank in list(self._slots):
-            for number in list(self._slots[rank]):
-                self._drop(rank, number)
+        """Give everything back; a reservation that is under way in a thread fails."""
+        with self._lock:
+            self._closed = True
+            for rank in list(self._slots):
+                for number in list(self._slots[rank]):
+                    self._drop(rank, number)
 
 
 def make_page(job: str, rank: int, held: Collection[int]) -> tuple[int, ControlPage]:
     """Make a rank's control page; slots in `held` begin as sealed. Returns the descriptor to lend, and the page."""
-    descriptor = _memfd(f"ckptd-{job}-r{rank}-page", PAGE_BYTES)
+    descriptor, mapped = _region(f"ckptd-{job}-r{rank}-page", PAGE_BYTES)
+    mapped.close()
     page = ControlPage(descriptor)
     page.format(held)
     return descriptor, page
 
 
-def _memfd(name: str, size_bytes: int) -> int:
+def _region(name: str, size_bytes: int, settle: Callable[[int], None] = lambda _: None) -> tuple[int, mmap.mmap]:
+    """Return a memory region whose pages are there, mapped; `settle` is told of each piece."""
     invariant(size_bytes % PAGE_BYTES == 0, "a memory region is a whole number of pages")
-    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    descriptor = -1
     try:
-        os.posix_fallocate(descriptor, 0, size_bytes)
+        descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+        for at in range(0, size_bytes, _PIECE_BYTES):
+            piece_bytes = min(_PIECE_BYTES, size_bytes - at)
+            os.posix_fallocate(descriptor, at, piece_bytes)
+            settle(piece_bytes)
+        return descriptor, mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED)
     except OSError as error:
-        os.close(descriptor)
+        if descriptor >= 0:
+            os.close(descriptor)
         raise MemoryBudgetError(
             f"not enough memory for slots: the kernel refused {show_size(size_bytes)} ({size_bytes} bytes): "
             f"{error.strerror}"
         ) from error
-    return descriptor
 
 
-def available_bytes() -> int:
-    """Return how much memory can be reserved: what the machine has available, within the limits of our cgroups."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
+def available_bytes(root: Path = Path("/")) -> int:
+    """Return how much memory can be reserved: what the machine has available, within the limits of our cgroups.
+
+    `root` is where the kernel's files are looked for.
+    """
+    for line in (root / "proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             machine_bytes = int(line.split()[1]) * 1024
             break
     else:
         machine_bytes = 0
-    return min([machine_bytes, *_cgroup_left_bytes()])
+    return min([machine_bytes, *_cgroup_left_bytes(root)])
 
 
-def _cgroup_left_bytes() -> list[int]:
+def _cgroup_left_bytes(root: Path) -> list[int]:
     """Return what the memory limits above this process leave, for cgroup v1, hybrid and v2."""
+    mounts = root / "sys/fs/cgroup"
     left: list[int] = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            roots, limit_name, usage_name = _V2_ROOTS, "memory.max", "memory.current"
+            found = [_left_bytes(mount, path, _V2) for mount in (mounts, mounts / "unified")]
         elif "memory" in controllers.split(","):
-            roots, limit_name, usage_name = _V1_ROOTS, "memory.limit_in_bytes", "memory.usage_in_bytes"
+            found = [_left_bytes(mounts / "memory", path, _V1)]
         else:
             continue
-        for root in roots:
-            folder = Path(root + path)
-            while str(folder).startswith(root):
-                limit, usage = _number(folder / limit_name), _number(folder / usage_name)
-                if limit is not None and usage is not None:
-                    left.append(max(0, limit - usage))
-                folder = folder.parent
+        left += [number for numbers in found for number in numbers]
     return left
+
+
+_V2 = ("memory.max", "memory.current", ("active_file", "inactive_file"))
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+"""The files of a limit and of what is used, and the entries of `memory.stat` that make up the page cache."""
+
+
+def _left_bytes(mount: Path, path: str, names: tuple[str, str, tuple[str, ...]]) -> Iterator[int]:
+    """Yield what is left of each limit from a cgroup up to its mount; page cache counts as free."""
+    limit_name, usage_name, cache_names = names
+    folder = Path(f"{mount}{path}")
+    while folder.is_relative_to(mount):
+        limit, usage = _number(folder / limit_name), _number(folder / usage_name)
+        if limit is not None and usage is not None:
+            yield max(0, limit - usage + _page_cache_bytes(folder / "memory.stat", cache_names))
+        folder = folder.parent
+
+
+def _page_cache_bytes(path: Path, names: tuple[str, ...]) -> int:
+    try:
+        entries = dict(line.split() for line in path.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return sum(int(entries.get(name, 0)) for name in names)
 
 
 def _number(path: Path) -> int | None:

@@ -6,6 +6,7 @@ Ranks write straight to files, not to pipes of the agent: a killed agent must no
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TextIO
 
@@ -13,6 +14,10 @@ from ckptd.log import Sink
 
 _TAIL_BYTES = 16 * 1024
 _READ_BYTES = 256 * 1024
+_PUMP_BYTES = 2**20
+"""How much of one file is passed on at once: a rank that prints without end must not hold the agent's loop."""
+_LINE_BYTES = 64 * 1024
+"""A longer line is passed on in pieces; a progress bar may never end its own."""
 _COLORS = (36, 33, 35, 32, 34, 31)
 
 
@@ -36,7 +41,8 @@ class OutputFollower:
     """Follows the files of one generation's ranks and passes whole lines on, each after its rank."""
 
     def __init__(self, target: TextIO, errors: TextIO, *, colors: bool) -> None:
-        self._targets = {"out": Sink(target), "err": Sink(errors)}
+        self._targets = {".out": Sink(target), ".err": Sink(errors)}
+        self._encodings = {".out": target.encoding or "utf-8", ".err": errors.encoding or "utf-8"}
         self._colors = colors
         self._files: dict[Path, tuple[int, str, bytearray]] = {}
 
@@ -54,16 +60,25 @@ class OutputFollower:
     def pump(self, *, final: bool = False) -> None:
         """Pass on what has been written since the last call; `final` also passes on a last line without its end."""
         for path, (descriptor, prefix, rest) in self._files.items():
-            target = self._targets[path.suffix[1:]]
-            while data := os.read(descriptor, _READ_BYTES):
+            left = sys.maxsize if final else _PUMP_BYTES
+            while left > 0 and (data := os.read(descriptor, _READ_BYTES)):
+                left -= len(data)
                 *lines, tail = (bytes(rest) + data).split(b"\n")
                 rest[:] = tail
                 for line in lines:
-                    target.write(f"{prefix}{line.decode(errors='replace')}\n")
+                    self._show(path.suffix, prefix, line)
+                if len(rest) > _LINE_BYTES:
+                    self._show(path.suffix, prefix, bytes(rest))
+                    rest.clear()
             if final and rest:
-                target.write(f"{prefix}{rest.decode(errors='replace')}\n")
+                self._show(path.suffix, prefix, bytes(rest))
                 rest.clear()
-            target.flush()
+            self._targets[path.suffix].flush()
+
+    def _show(self, stream: str, prefix: str, line: bytes) -> None:
+        encoding = self._encodings[stream]
+        text = line.decode(errors="replace").encode(encoding, errors="replace").decode(encoding)
+        self._targets[stream].write(f"{prefix}{text}\n")
 
     def close(self) -> None:
         """Pass on the rest and let go of the files."""

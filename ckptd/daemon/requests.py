@@ -11,9 +11,9 @@ from ckptd.core import events as e
 from ckptd.core.job_states import JobState
 from ckptd.daemon.ranks import Rank
 from ckptd.daemon.supervisor import Supervisor
-from ckptd.errors import AgentError, CkptdError, from_json
+from ckptd.errors import AgentError, CkptdError, ProtocolError, from_json
 from ckptd.protocol import messages as m
-from ckptd.types import CheckpointId
+from ckptd.types import CheckpointId, RaisedException
 
 _STOP_GRACE_S = 60.0
 
@@ -23,6 +23,8 @@ def from_rank(job: Supervisor, rank: Rank, message: m.Message) -> None:
     number = rank.rank
     match message:
         case m.Reserve():
+            if message.image_bytes <= 0:
+                raise ProtocolError(f"rank {number} asks for slots of {message.image_bytes} bytes")
             job.reserve(rank, message.image_bytes)
         case m.Restored():
             job.feed(e.RankRestored(number, message.seconds))
@@ -57,6 +59,14 @@ def _sealed(rank: Rank, message: m.Seal) -> e.RankSealed:
         message.values,
         message.final,
     )
+
+
+def exception_of(message: m.Raised) -> RaisedException:
+    """Return the exception that a rank ends with."""
+    try:
+        return RaisedException.from_json(message.exception)
+    except KeyError as error:
+        raise ProtocolError(f"rank {message.rank} reports an exception without {error}") from error
 
 
 def attached_config(message: m.Join, folder: Path) -> JobConfig:
@@ -96,14 +106,22 @@ async def control(job: Supervisor, message: m.Control) -> dict[str, Any]:
 async def _checkpoint(job: Supervisor, *, wait: bool) -> dict[str, Any]:
     if job.machine.state is not JobState.RUNNING:
         raise AgentError(f"job {job.config.name} is {job.machine.state.value}: only a running job can be checkpointed")
-    before = job.machine.keeper.last_committed
+    generation = job.machine.generation
+    assert generation is not None
+    # A flush that is under way already would be an answer to another question.
+    now = CheckpointId(generation.number, generation.newest_step)
     job.feed(e.CheckpointWanted())
-    while wait and job.machine.keeper.last_committed == before:
+    while wait and not _committed_since(job, now):
         if job.ended.done():
             raise _ended(job)
         await asyncio.sleep(0.02)
     last = job.machine.keeper.last_committed
-    return {"job": job.config.name, "step": None if last is None or last == before else last.id.step}
+    return {"job": job.config.name, "step": last.id.step if last is not None and last.id >= now else None}
+
+
+def _committed_since(job: Supervisor, checkpoint: CheckpointId) -> bool:
+    last = job.machine.keeper.last_committed
+    return last is not None and last.id >= checkpoint
 
 
 def _ended(job: Supervisor) -> CkptdError:

@@ -94,8 +94,8 @@ class Server:
     def close(self) -> None:
         """Stop listening, close every connection and remove the socket's name."""
         asyncio.get_running_loop().remove_reader(self._stream)
+        self.path.unlink(missing_ok=True)  # while nobody can take our place: later it could be our successor's
         self._stream.close()
-        self.path.unlink(missing_ok=True)
         for connection in list(self._by_connection):
             connection.close()
 

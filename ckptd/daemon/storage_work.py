@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ckptd.core import lineage
 from ckptd.core.events import Flush, StoreRead
@@ -18,6 +19,8 @@ from ckptd.storage import catalog, keys, manifest
 from ckptd.storage.manifest import Manifest, ShardContent
 from ckptd.storage.tier import Tier
 from ckptd.types import CheckpointId
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,9 @@ def flush_shard(tier: Tier, job: str, checkpoint: CheckpointId, rank: int, image
 def flush(tier: Tier, job: str, order: Flush, images: Mapping[int, memoryview], pool: Executor) -> FlushResult:
     """Flush every shard of a snapshot, then commit it with its manifest."""
     begin_s = time.monotonic()
-    work = [pool.submit(flush_shard, tier, job, order.id, rank, image) for rank, image in sorted(images.items())]
-    contents = [item.result() for item in work]
+    contents = _together(
+        [pool.submit(flush_shard, tier, job, order.id, rank, image) for rank, image in sorted(images.items())]
+    )
     document = manifest.build(job, order.id, order.parent, contents, created_at=time.time(), values=order.values)
     tier.put(keys.manifest_key(job, order.id), manifest.encode(document), create_only=True)
     return FlushResult(
@@ -82,11 +86,21 @@ def load_manifest(tier: Tier, job: str, checkpoint: CheckpointId, world_size: in
 
 def fetch(tier: Tier, job: str, loaded: Manifest, places: Mapping[int, memoryview], pool: Executor) -> None:
     """Bring all shards of a checkpoint into slots, each verified; raises `DamagedError` that names what differs."""
-    work = [pool.submit(catalog.fetch_shard, tier, job, loaded, rank, place) for rank, place in sorted(places.items())]
-    errors = [item.exception() for item in work]
-    for error in errors:
+    _together(
+        [pool.submit(catalog.fetch_shard, tier, job, loaded, rank, place) for rank, place in sorted(places.items())]
+    )
+
+
+def _together(work: list[Future[Result]]) -> list[Result]:
+    """Return all results, or raise the first error, when every part has ended: none may touch a slot afterwards."""
+    wait(work)
+    error = next((error for item in work if (error := item.exception()) is not None), None)
+    try:
         if error is not None:
             raise error
+        return [item.result() for item in work]
+    finally:
+        del work, error  # the error's traceback would hold itself, and so the slots
 
 
 def prune(tier: Tier, job: str, checkpoints: Sequence[CheckpointId]) -> CkptdError | None:

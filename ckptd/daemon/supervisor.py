@@ -18,7 +18,7 @@ from ckptd.config import JobConfig
 from ckptd.coordination.coordinator import Coordinator, next_generation
 from ckptd.core import events as e
 from ckptd.core.job import JobMachine, JobSpec, Now
-from ckptd.core.job_states import JobState
+from ckptd.core.job_states import TERMINAL, JobState
 from ckptd.core.policy.restart import RestartPolicy
 from ckptd.core.policy.retention import RetentionPolicy
 from ckptd.core.restore import Source
@@ -26,7 +26,8 @@ from ckptd.daemon import storage_work
 from ckptd.daemon.arena import Arena, Budget
 from ckptd.daemon.processes import Processes
 from ckptd.daemon.ranks import Rank
-from ckptd.errors import CkptdError, FencedError, unreachable
+from ckptd.daemon.status import show
+from ckptd.errors import AgentError, CkptdError, FencedError, unreachable
 from ckptd.journal import Journal, entry_now
 from ckptd.log import Logger
 from ckptd.storage.tier import Tier
@@ -57,6 +58,7 @@ class Supervisor:
         self.config = config
         self.ended: asyncio.Future[e.End] = asyncio.get_running_loop().create_future()
         self.ranks: dict[int, Rank] = {}
+        self._arrived: dict[int, Rank] = {}
         self.tier = tier
         self.processes = processes
         self._services = services
@@ -101,6 +103,17 @@ class Supervisor:
     def stop(self, grace_s: float, *, checkpoint: bool = True) -> None:
         """Stop the job on purpose: with a last checkpoint within `grace_s`, or at once."""
         self.feed(e.StopWanted(grace_s, checkpoint))
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has ended, or may be left alone: nobody is here, and nothing waits for its commit."""
+        busy = self.config.supervised or self.ranks or self._arrived or self.machine.keeper.pending
+        return self.ended.done() or not busy
+
+    @property
+    def ending(self) -> bool:
+        """Whether it is over but for the cleaning up."""
+        return self.machine.state in TERMINAL and not self.ended.done()
 
     @property
     def stopping(self) -> bool:
@@ -148,10 +161,12 @@ class Supervisor:
             case e.Kill():
                 if self.processes is not None:
                     self.processes.kill(effect.signal)
+                else:
+                    self._let_go()
             case e.Spawn():
-                for rank in self.ranks.values():
+                for rank in (*self.ranks.values(), *self._arrived.values()):
                     rank.close()
-                self.ranks = {}
+                self.ranks, self._arrived = {}, {}
                 if self.processes is not None:
                     self.processes.spawn(effect.generation, effect.restarts)
             case e.ReadStore():
@@ -252,7 +267,12 @@ class Supervisor:
         """Take in a rank that asks for its place; it is admitted when its generation is ready."""
         if not self.config.supervised:
             rank.watch(lambda: self._attached_gone(rank))
-        self.ranks[rank.rank] = rank
+        # Until it is admitted, whoever has its place now must go on undisturbed.
+        before = self._arrived.get(rank.rank)
+        if before is not None:
+            before.refuse(AgentError(f"another process has come to be rank {rank.rank} of job {self.config.name}"))
+            before.close()
+        self._arrived[rank.rank] = rank
         self.feed(e.RankJoined(rank.rank, rank.peer.pid))
 
     def raised(self, number: int, generation: int, exception: RaisedException) -> None:
@@ -263,8 +283,12 @@ class Supervisor:
             self.ranks[number].exception = exception
 
     def disconnected(self, rank: Rank) -> None:
-        """Take note of a rank that closed its connection without leaving, unless it is about to end anyway."""
-        asyncio.get_running_loop().call_later(_DISCONNECT_GRACE_S, self._still_disconnected, rank)
+        """Take note of a rank that closed its connection, unless it is about to end anyway."""
+        admitted = self.ranks.get(rank.rank) is rank
+        if admitted and not rank.left:
+            asyncio.get_running_loop().call_later(_DISCONNECT_GRACE_S, self._still_disconnected, rank)
+        elif not self.config.supervised:
+            self._attached_gone(rank)  # whatever its process does next has nothing to do with this job
 
     def _still_disconnected(self, rank: Rank) -> None:
         generation = self.machine.generation
@@ -273,15 +297,23 @@ class Supervisor:
             self._log.warning("rank disconnected", rank=rank.rank, hint="it trains on unprotected; its stderr says why")
             self.feed(e.RankLeft(rank.rank, rank.step or 0))
 
+    def _let_go(self) -> None:
+        """End our part in ranks that somebody else has started, and who are not ours to kill."""
+        for rank in list(self.ranks.values()):
+            rank.left = True
+            self._attached_gone(rank)
+
     def _attached_gone(self, rank: Rank) -> None:
-        if self.ranks.get(rank.rank) is rank:
-            del self.ranks[rank.rank]
+        place = next((place for place in (self.ranks, self._arrived) if place.get(rank.rank) is rank), None)
+        if place is None:
+            return  # its connection and its process end at the same moment
+        del place[rank.rank]
         evidence = rank.evidence(time.monotonic())
         rank.close()
         self.feed(e.RankExited(rank.rank, rank.peer.pid, evidence))
 
     def _admit(self, order: e.Admit) -> None:
-        rank = self.ranks[order.rank]
+        rank = self.ranks[order.rank] = self._arrived.pop(order.rank)
         held = self.machine.keeper.book.held(order.rank)
         rank.admit(order.generation, held, self._offer(order))
 
@@ -319,35 +351,7 @@ class Supervisor:
 
     def status(self) -> dict[str, Any]:
         """Return the shape of `ckptctl status --json`."""
-        machine = self.machine
-        generation, last = machine.generation, machine.keeper.last_committed
-        pids = {} if generation is None else generation.pids
-        gone = set() if generation is None else generation.gone
-        return {
-            "job": self.config.name,
-            "state": machine.state.value,
-            "generation": 0 if generation is None else generation.number,
-            "step": 0 if generation is None else generation.newest_step,
-            "ranks": [
-                {
-                    "rank": number,
-                    "pid": pids.get(number),
-                    "state": self._rank_state(number, gone),
-                    "step": self.ranks[number].step if number in self.ranks else None,
-                }
-                for number in range(self.config.nproc)
-            ],
-            "last_committed": None if last is None else {"step": last.id.step, "tier": last.tier},
-            "restarts": machine.recovery.restarts,
-        }
-
-    def _rank_state(self, number: int, gone: set[int]) -> str:
-        if number in gone:
-            return "gone"
-        if number in self.ranks:
-            return self.ranks[number].phase
-        spawned = self.machine.generation is not None and number in self.machine.generation.pids
-        return "spawned" if spawned else "absent"
+        return show(self.machine, self.ranks)
 
     def write_down(self) -> None:
         """Write the job's state to the journal."""
@@ -375,11 +379,11 @@ class Supervisor:
         self.write_down()
         level = "info" if end.error is None else "error"
         getattr(self._log, level)("job ended", outcome=end.outcome, error=None if end.error is None else str(end.error))
-        self.ended.set_result(end)
         others = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in others:
             task.cancel()
-        for rank in self.ranks.values():
+        for rank in (*self.ranks.values(), *self._arrived.values()):
             rank.close()
         await asyncio.gather(*others, return_exceptions=True)
-        self._arena.close()
+        await asyncio.to_thread(self._arena.close)
+        self.ended.set_result(end)

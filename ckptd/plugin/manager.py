@@ -91,7 +91,7 @@ class PluginManager:
         scheme = url.split("://", 1)[0] if "://" in url else ""
         for factory in self.tiers:
             if scheme in factory.schemes:
-                return GuardedTier(_open(factory, url), partial(_call_tier, factory.name))
+                return _open(factory, url)
         schemes = {name for factory in self.tiers for name in factory.schemes}
         known = ", ".join(sorted(f"{name}://" for name in schemes if name)) or "none"
         raise PluginError(
@@ -157,7 +157,7 @@ def _call_tier(name: str, what: str, function: Callable[..., Result], *arguments
 
 def _open(factory: TierFactory, url: str) -> Tier:
     try:
-        return factory.open(url)
+        return GuardedTier(factory.open(url), partial(_call_tier, factory.name))
     except CkptdError:
         raise
     except _ANYTHING as error:

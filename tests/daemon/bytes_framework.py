@@ -22,6 +22,11 @@ NAME = "framework_bytes"
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def contents(step: int, size: int) -> bytes:
+    """Return what the `data` of a puppet holds after `step`."""
+    return (bytes(range(256)) * (size // 256 + 2))[step % 256 :][:size]
+
+
 @hookimpl
 def ckptd_frameworks() -> list[FrameworkSpec]:
     """Register the adapter; every rank has imported its trigger."""

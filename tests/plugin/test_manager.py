@@ -14,7 +14,6 @@ import pytest
 from ckptd.errors import AgentError, PluginError, StoreError
 from ckptd.plugin import manager as manager_module
 from ckptd.plugin.manager import FAULTS_BEFORE_QUARANTINE, GROUP, PluginManager
-from ckptd.storage.local import LocalTier
 from ckptd.types import Evidence, RankExit
 
 FIRST_PARTY = {"storage_local", "detector_exit", "framework_torch"}
@@ -121,8 +120,7 @@ def test_loading_plugins_does_not_load_torch() -> None:
 def test_the_local_tier_is_opened_by_path_and_url(reports: Reports, url: str, root: str) -> None:
     """A plain path and a file URL open the local tier at that folder."""
     tier = PluginManager(reports).open_tier(url)
-    assert isinstance(tier, LocalTier)
-    assert tier.root == Path(root)
+    assert (tier.name, tier.url) == ("local", root)
 
 
 def test_relative_paths_and_home_become_absolute(reports: Reports, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +228,13 @@ def test_a_tier_that_can_not_be_opened_is_a_plugin_error(reports: Reports, make:
     source = GOOD.replace("MemoryTier())", "1 / 0)")
     manager = PluginManager(reports, found=[make("bad", source)])
     with pytest.raises(PluginError, match="can't open good://x: ZeroDivisionError"):
+        manager.open_tier("good://x")
+
+
+def test_what_is_no_tier_is_a_plugin_error(reports: Reports, make: Make) -> None:
+    """A factory that hands over what is no tier is noticed when it is opened, not in the middle of a flush."""
+    manager = PluginManager(reports, found=[make("bad", GOOD.replace("MemoryTier())", "None)"))])
+    with pytest.raises(PluginError, match="tier good can't open good://x"):
         manager.open_tier("good://x")
 
 

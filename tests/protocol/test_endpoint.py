@@ -34,7 +34,7 @@ def test_home(names: list[str], wanted: str) -> None:
         (["HOME"], "/home/me/.local/state/ckptd/ckptd.sock"),
         (["HOME", "XDG_RUNTIME_DIR"], "/run/user/7/ckptd/ckptd.sock"),
         (["HOME", "CKPTD_HOME"], "/state/ckptd.sock"),
-        (["HOME", "CKPTD_HOME", "XDG_RUNTIME_DIR"], "/state/ckptd.sock"),
+        (["HOME", "CKPTD_HOME", "XDG_RUNTIME_DIR"], "/run/user/7/ckptd/ckptd.sock"),
         (["HOME", "CKPTD_SOCKET"], "/run/my.sock"),
         (list(_ALL), "/run/my.sock"),
     ],

@@ -135,7 +135,8 @@ class Node:
             self.finished = True
             return
         else:
-            witness.require(self.stop_ordered and end.outcome == JobState.STOPPED.value, f"the job ends as {end.outcome}")
+            stopped = self.stop_ordered and end.outcome == JobState.STOPPED.value
+            witness.require(stopped, f"the job ends as {end.outcome}")
         self.agent.alive = False
         self._replace_agent()
 
@@ -151,7 +152,8 @@ class Node:
                 deadline_s = self.clock.now_s + LIVENESS_S
             hangs = kind is None or self.clock.events > EVENTS_MAX
             hangs = hangs or (deadline_s is not None and self.clock.now_s > deadline_s)
-            self.witness.require(not hangs, f"faults have stopped and the job is {self.agent.machine.state.value} for ever")
+            state = self.agent.machine.state.value
+            self.witness.require(not hangs, f"faults have stopped and the job is {state} for ever")
 
     def lines(self) -> list[str]:
         """Return the trace in words."""

@@ -204,9 +204,7 @@ class RankProcess:
         self.capturing = False
         assert self.page is not None
         self.page.seal(slot.number)
-        self.tell(
-            e.RankSealed(self.rank, self.step, slot.number, self._size, 0.0, {"loss": float(self.step)}, final)
-        )
+        self.tell(e.RankSealed(self.rank, self.step, slot.number, self._size, 0.0, {"loss": float(self.step)}, final))
         self._captured_step = self.step
 
     def _free_slot(self) -> Slot | None:

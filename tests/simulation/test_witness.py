@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from tests.simulation.node import SimulationError, run
 
 from ckptd.core import keeper, lineage
 from ckptd.core.events import Claim, Flush
@@ -11,8 +10,8 @@ from ckptd.core.job import JobMachine
 from ckptd.core.policy.retention import Verdict
 from ckptd.core.recovery import Recovery
 from ckptd.core.restore import Offers
-from ckptd.core.snapshots import Snapshot, SnapshotBook, SnapshotEvent, SnapshotState
-from ckptd.types import CheckpointId
+from ckptd.core.snapshots import SnapshotBook, SnapshotEvent, SnapshotState
+from tests.simulation.node import SimulationError, run
 
 SEEDS = 600
 
@@ -154,7 +153,7 @@ MUTATIONS = [
     (release_under_a_flush, "while a flush reads it"),
     (plan_without_memory, "begins with"),
     (complete_without_the_last, "which is not complete"),
-    (complete_after_a_death, "which is not complete|begins with"),
+    (complete_after_a_death, "finds no free slot|which is not complete|begins with"),
     (offer_what_was_left_behind, "begins with|is no ancestor"),
     (forget_the_store, "a fresh start though there are checkpoints"),
     (offer_a_refused_one_again, "begins with"),
@@ -182,12 +181,6 @@ def test_a_wrong_state_is_noticed(monkeypatch):
     """Proves that a rank which trains on from wrong content is noticed, even if every message is right."""
     monkeypatch.setattr("tests.simulation.witness.Witness.rank_restores", lambda *_: None)
     monkeypatch.setattr("tests.simulation.ranks.RankProcess.restored_state", lambda _rank, cell: cell.state ^ 1)
-    with pytest.raises(SimulationError, match="was sealed wrong|ends as"):
+    with pytest.raises(SimulationError, match=r"was sealed wrong|ends as"):
         for seed in range(SEEDS):
             run(seed)
-
-
-def test_snapshot_ids_order_by_generation_first():
-    """Proves what the witness relies on: a newer generation's snapshot is the newer one, whatever its step."""
-    assert CheckpointId(2, 1) > CheckpointId(1, 9)
-    assert Snapshot(CheckpointId(1, 1), 0.0).state is SnapshotState.ANNOUNCED

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import pickle
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def read_document(blob: bytes) -> Document:
     try:
         outer = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
         version, text = outer["version"], outer["tree"]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, ValueError, EOFError) as error:
+    except (UnpicklingError, RuntimeError, KeyError, TypeError, ValueError, EOFError) as error:
         raise DamagedError("the values of a shard can't be read") from error
     if version != TREE_VERSION:
         raise StateError(

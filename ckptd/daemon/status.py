@@ -1,0 +1,41 @@
+"""What a job looks like from outside: the shape of `ckptctl status --json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckptd.core.job import JobMachine
+from ckptd.daemon.ranks import Rank
+
+
+def show(machine: JobMachine, ranks: Mapping[int, Rank]) -> dict[str, Any]:
+    """Return the status of a job, from its machine and the ranks that have been admitted."""
+    generation, last = machine.generation, machine.keeper.last_committed
+    pids = {} if generation is None else generation.pids
+    return {
+        "job": machine.spec.job,
+        "state": machine.state.value,
+        "generation": 0 if generation is None else generation.number,
+        "step": 0 if generation is None else generation.newest_step,
+        "ranks": [
+            {
+                "rank": number,
+                "pid": pids.get(number),
+                "state": _state(machine, ranks, number),
+                "step": ranks[number].step if number in ranks else None,
+            }
+            for number in range(machine.spec.world_size)
+        ],
+        "last_committed": None if last is None else {"step": last.id.step, "tier": last.tier},
+        "restarts": machine.recovery.restarts,
+    }
+
+
+def _state(machine: JobMachine, ranks: Mapping[int, Rank], number: int) -> str:
+    generation = machine.generation
+    if generation is not None and number in generation.gone:
+        return "gone"
+    if number in ranks:
+        return ranks[number].phase
+    return "spawned" if generation is not None and number in generation.pids else "absent"

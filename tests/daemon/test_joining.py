@@ -1,0 +1,242 @@
+"""Who may take a rank's place, what a rank may say, and what no message can do to the agent."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ckptd.config import JobConfig
+from ckptd.core.events import Progress
+from ckptd.errors import AgentError, CkptdError, ConfigError, FencedError, NotFoundError
+from ckptd.protocol import messages as m
+from ckptd.protocol.channel import Channel, open_channel
+from ckptd.protocol.page import ControlPage, Word
+from tests.daemon.harness import PATIENCE_S, AgentThread, Node, PuppetError, until
+
+
+class Speaker:
+    """A rank that speaks the protocol itself, in the test's own process."""
+
+    def __init__(self, node: Node, role: str = "rank") -> None:
+        self.channel, _ = open_channel(str(node.socket), role, PATIENCE_S)
+        self.page: ControlPage | None = None
+        self._options = {"store": str(node.store), "every_s": 0.1}
+
+    def ask(self, message: m.Message) -> m.Message:
+        """Send a request and return the answer; a refusal is raised."""
+        return self.channel.call(message, PATIENCE_S)
+
+    def join(self, job: str = "job", **options: Any) -> m.Message:
+        """Join a job as its only rank; the page is mapped and let go of."""
+        answer = self.ask(m.Join(job, 0, 1, 0, {**self._options, **options}))
+        (descriptor,) = self.channel.take_descriptors(1)
+        self.page = ControlPage(descriptor)
+        os.close(descriptor)
+        assert self.page.valid
+        return answer
+
+    def close(self) -> None:
+        """Go without a word."""
+        self.channel.close()
+        if self.page is not None:
+            self.page.close()
+
+
+@pytest.fixture
+def speaker(node: Node, agent: AgentThread) -> Iterator[Speaker]:
+    """A rank that has greeted the agent."""
+    speaker = Speaker(node)
+    yield speaker
+    speaker.close()
+
+
+def refused(speaker: Speaker, message: m.Message) -> CkptdError:
+    """Return the error with which a message is refused."""
+    with pytest.raises(CkptdError) as error:
+        speaker.ask(message)
+    return error.value
+
+
+def test_a_rank_with_another_world_size_is_refused(node: Node, agent: AgentThread) -> None:
+    """A rank that knows of another number of ranks gets a `config` error with both, and the job goes on."""
+    first = node.puppet(0, 2)
+    first.start_attach()
+    until(lambda: agent.status()["state"] == "starting", "the job")
+    with pytest.raises(PuppetError, match="rank 0 of 3 can't join job job of 2 ranks") as error:
+        node.puppet(0, 3).attach()
+    assert error.value.code == "config"
+    second = node.puppet(1, 2)
+    assert second.attach()[0] == first.finish()[0] == 1
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0), (0, -3), (10**9, 1), (0, 10**9)])
+def test_an_impossible_rank_is_refused(
+    node: Node, agent: AgentThread, speaker: Speaker, rank: int, world_size: int
+) -> None:
+    """A rank outside its own world is a `config` error, and leaves no job behind that others would not fit into."""
+    assert isinstance(refused(speaker, m.Join("job", rank, world_size, 0, {"store": str(node.store)})), ConfigError)
+    assert not agent.call(lambda: agent.agent.jobs)
+
+
+def test_a_rank_of_an_older_generation_is_refused(node: Node, agent: AgentThread) -> None:
+    """A zombie that was started for a generation that is over gets a `fenced` error, not a place in the new one."""
+    first = node.puppet()
+    first.attach()
+    first.kill()
+    until(lambda: agent.status()["state"] == "pending", "readiness for new ranks")
+    assert node.puppet().attach()[0] == 2
+    with pytest.raises(PuppetError, match="generation 1 of job job is over") as error:
+        node.puppet(CKPTD_GENERATION="1").attach()
+    assert error.value.code == "fenced"
+
+
+def test_a_rank_of_a_job_that_is_not_here_is_refused(node: Node, agent: AgentThread) -> None:
+    """A rank whose supervisor is not this agent is a `fenced` error: it must not start a job of its own."""
+    with pytest.raises(PuppetError, match="does not run job job") as error:
+        node.puppet(CKPTD_GENERATION="7").attach()
+    assert error.value.code == "fenced"
+    assert not agent.call(lambda: agent.agent.jobs)
+
+
+def test_a_job_that_an_agent_runs_itself_has_no_guests(node: Node, agent: AgentThread) -> None:
+    """A training started by hand under the name of a supervised job is refused at once, and may use it afterwards."""
+    config = JobConfig("job", ("/bin/sh", "-c", "sleep 1000"), str(node.store), preload=(), cwd=str(node.folder))
+    agent.call(agent.agent.submit, config)
+    guest = node.puppet()
+    with pytest.raises(PuppetError, match="job job is run by this agent") as error:
+        guest.attach()
+    assert error.value.code == "fenced"
+    agent.call(lambda: agent.job().stop(1.0, checkpoint=False))
+    until(lambda: agent.job().ended.done(), "the end of the supervised job")
+    assert guest.attach()[0] == 2
+
+
+def test_a_process_may_attach_again(node: Node, agent: AgentThread) -> None:
+    """A process that has left its block may begin the same job anew, as a notebook does, and restores its end."""
+    puppet = node.puppet()
+    puppet.attach()
+    puppet.train(5)
+    puppet.do("run.close()")
+    assert puppet.attach()[:2] == [2, 5]
+    puppet.train(1)
+    puppet.do("run.close()")
+    assert puppet.attach()[:2] == [3, 6]
+
+
+def test_the_newest_of_several_that_wait_for_one_place(node: Node, agent: AgentThread) -> None:
+    """When two processes wait for one rank's place, the older one is told so at once and trains on unprotected."""
+    holder, older, newer = node.puppet(), node.puppet(), node.puppet()
+    holder.attach()
+    older.start_attach()
+    until(lambda: agent.job().machine._waiting == {0: older.pid}, "the first one's arrival")
+    newer.start_attach()
+    assert older.finish() == [1, None, None]
+    assert older.said.count("UNPROTECTED") == 1
+    assert "another process has come to be rank 0" in older.said
+    holder.kill()
+    assert newer.finish()[0] == 2
+
+
+def test_a_rank_that_gives_up_waiting_is_forgotten(node: Node, agent: AgentThread) -> None:
+    """A rank that closes its connection before it is admitted is not waited for by the next generation."""
+    holder = node.puppet()
+    holder.attach()
+    impatient = node.puppet()
+    impatient.start("import ckptd.client.session\nckptd.client.session.ADMIT_DEADLINE_S = 0.2")
+    impatient.finish()
+    assert impatient.attach() == [1, None, None]
+    assert "did not answer within 0.2 s" in impatient.said
+    until(lambda: not agent.job().machine._waiting, "its being forgotten")
+    holder.kill()
+    assert node.puppet().attach()[0] == 2
+
+
+# --- single messages ----------------------------------------------------------------------------------------------
+
+
+def test_a_rank_speaks_only_after_it_joined(speaker: Speaker) -> None:
+    """Messages of a rank that has no place are refused, each by its name."""
+    assert "Reserve makes no sense before Join" in str(refused(speaker, m.Reserve(5000)))
+
+
+def test_a_slot_that_was_not_lent_can_not_be_sealed(speaker: Speaker, agent: AgentThread) -> None:
+    """Sealing a slot that the rank doesn't have is refused, and nothing is flushed."""
+    assert speaker.join() == m.Admitted(1, None)
+    assert "sealed slot 5, which it was not lent" in str(refused(speaker, m.Seal(1, 5, 4096, 0.0)))
+    assert agent.status()["last_committed"] is None
+
+
+@pytest.mark.parametrize("size", [0, -1, -(10**9)])
+def test_slots_of_no_size_are_refused(speaker: Speaker, agent: AgentThread, size: int) -> None:
+    """A rank that asks for nothing is refused, and its job goes on."""
+    speaker.join()
+    assert f"slots of {size} bytes" in str(refused(speaker, m.Reserve(size)))
+    assert isinstance(speaker.ask(m.Reserve(4096)), m.Lent)
+
+
+def test_what_is_not_for_ranks_is_refused(speaker: Speaker, node: Node) -> None:
+    """A rank can't ask what ctl asks, nor ctl say what a rank says."""
+    speaker.join()
+    assert isinstance(refused(speaker, m.Status()), AgentError)
+    ctl = Speaker(node, "ctl")
+    assert isinstance(refused(ctl, m.Seal(1, 0, 4096, 0.0)), AgentError)
+    assert isinstance(refused(ctl, m.Control("nosuch", "stop")), NotFoundError)
+    ctl.close()
+
+
+@pytest.mark.parametrize("options", [{"every_s": "soon"}, {"slots": 1}, {"nosuch": 1}, {"store": "nfs4://x"}])
+def test_bad_options_are_refused(node: Node, speaker: Speaker, agent: AgentThread, options: dict[str, Any]) -> None:
+    """What can't be a setting is refused when the first rank joins, and the name is free for a better try."""
+    with pytest.raises(CkptdError):
+        speaker.join(**options)
+    assert not agent.call(lambda: agent.agent.jobs)
+    assert speaker.join() == m.Admitted(1, None)
+
+
+WORD = st.integers(0, 4) | st.integers(-(2**63), 2**64 - 1) | st.integers(-(10**30), 10**30)
+NUMBER = st.floats(allow_nan=False, allow_infinity=False) | st.just(math.pi)
+OBJECT = st.dictionaries(st.sampled_from(["code", "message", "type", "traceback", "x"]), st.text(max_size=5), max_size=4)
+SAID = st.one_of(
+    st.builds(m.Reserve, WORD.filter(lambda size: size < 2**24)),
+    st.builds(m.Restored, WORD, WORD, NUMBER),
+    st.builds(m.RestoreFailed, WORD, WORD, OBJECT),
+    st.builds(m.Stepped, WORD, NUMBER),
+    st.builds(m.Seal, WORD, st.integers(-1, 3), WORD, NUMBER, st.dictionaries(st.text(max_size=3), NUMBER), st.booleans()),
+    st.builds(m.Missed, WORD, WORD, st.none() | OBJECT),
+    st.builds(m.Request, WORD),
+    st.builds(m.Leave, WORD),
+    st.builds(m.Raised, st.sampled_from(["job-0", "other"]), WORD, WORD, OBJECT),
+    st.builds(m.Join, st.sampled_from(["job-0", "a/b"]), st.integers(-1, 2), st.integers(-1, 2), st.integers(0, 2)),
+    st.builds(m.Status, st.none() | st.just("job-0")),
+    st.builds(m.Exited, WORD, WORD, WORD, NUMBER),
+    st.builds(m.Hello, st.just("rank"), WORD),
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(said=st.lists(SAID, max_size=12), step=st.integers(0, 3) | st.integers(0, 2**64 - 1))
+def test_no_message_crashes_the_agent(node: Node, agent: AgentThread, said: list[m.Message], step: int) -> None:
+    """Whatever a rank of our own version says or writes into its page is handled or refused, in whatever order."""
+    speaker = Speaker(node)
+    name = f"job-{agent.call(lambda: len(agent.agent.jobs))}"
+    assert speaker.join(name, every_s=0.001) == m.Admitted(1, None)
+    assert speaker.page is not None
+    for message in said:
+        try:
+            speaker.channel.send(message, PATIENCE_S)
+        except AgentError:
+            break
+        for later in (step, min(step + 1, 2**64 - 1)):  # two looks: the first teaches the agent the pace
+            speaker.page.words[Word.STEP] = later
+            agent.call(lambda later=later: agent.job(name).feed(Progress({0: later})))
+    speaker.close()
+    other = Speaker(node, "ctl")
+    assert isinstance(other.ask(m.Status()), m.Done)
+    other.close()
+    assert not agent.failures

@@ -28,6 +28,7 @@ EVENTS = frozenset({
     "job started",
     "journal failed",
     "launcher ready",
+    "message refused",
     "module not preloaded",
     "plugin failed",
     "prune failed",

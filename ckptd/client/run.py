@@ -52,6 +52,7 @@ class Run:
         self._look_ns = 0
         self._handled = NEVER
         self._captured_step = -1
+        self._last_seal: m.Seal | None = None
         self._values: dict[str, Any] = {}
         self._place = ("", 0, 0)
         self._bind: Callable[[dict[str, Any]], None] | None = None
@@ -169,7 +170,8 @@ class Run:
             numbers = self._numbers()
             session.page.seal(slot.number)
             took_s = time.monotonic() - begin_s
-            session.tell(m.Seal(step, slot.number, image.image_bytes, took_s, numbers, final))
+            self._last_seal = m.Seal(step, slot.number, image.image_bytes, took_s, numbers, final)
+            session.tell(self._last_seal)
             self._captured_step = step
         finally:
             self._words[_PHASE] = Phase.TRAINING
@@ -233,8 +235,16 @@ class Run:
         session = self._need_session()
         if self._step > self._captured_step and self._step > 0:
             self._capture(self._step, final=True)
+        elif self._last_seal is not None:
+            self._seal_again(session, self._last_seal)
         self._words[_PHASE] = Phase.LEFT
         session.leave(self._step)
+
+    def _seal_again(self, session: Session, last: m.Seal) -> None:
+        """Say that the last step's seal is final: should another rank have missed that step, it is needed after all."""
+        if session.page.slot_free(last.slot):
+            session.page.seal(last.slot)
+        session.tell(m.Seal(last.step, last.slot, last.image_bytes, last.seconds, last.values, final=True))
 
     def _unprotect(self) -> None:
         self._words = _dead_words()

@@ -30,6 +30,7 @@ from ckptd.protocol import messages as m
 
 _STORAGE_THREADS = 4
 _ANSWER_S = 2.0
+_ANSWERED = (m.Join, m.Reserve, m.Leave, m.Status, m.Submit, m.Control)
 CRASHED = 70
 """The exit code of an agent that met a bug of its own."""
 
@@ -133,7 +134,7 @@ class Agent:
             elif isinstance(message, m.Raised):
                 if message.job in self.jobs:
                     exception = requests.exception_of(message)
-                    self.jobs[message.job].raised(message.rank, message.generation, exception)
+                    self.jobs[message.job].raised(peer.pid, message.rank, message.generation, exception)
             elif peer in self._ranks:
                 requests.from_rank(*self._ranks[peer], message)
             elif peer.role == "ctl":
@@ -141,7 +142,10 @@ class Agent:
             else:
                 raise AgentError(f"{type(message).__name__} makes no sense before Join")
         except CkptdError as error:
-            peer.refuse(error)
+            if isinstance(message, _ANSWERED):
+                peer.refuse(error)
+            else:  # nobody waits for an answer, and the next request would take it for its own
+                self._log.error("message refused", message=type(message).__name__, pid=peer.pid, error=str(error))
 
     def _join(self, peer: Peer, message: m.Join) -> None:
         if not 0 <= message.rank < message.world_size:
@@ -167,6 +171,11 @@ class Agent:
         current = job.machine.generation
         if message.generation and (current is None or current.number != message.generation):
             raise FencedError(f"generation {message.generation} of job {message.job} is over")
+        if message.generation and current is not None and message.rank in current.joined:
+            raise ConfigError(
+                f"rank {message.rank} of job {message.job} has joined already",
+                hint="attach once in a process, with all its state in one call",
+            )
         rank = Rank(message.job, message.rank, peer)
         self._ranks[peer] = (job, rank)
         job.join(rank)

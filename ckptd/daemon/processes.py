@@ -53,6 +53,8 @@ class Processes:
         self._feed: Feed = lambda _: None
         self._launcher: LauncherProcess | None = None
         self._ready = False
+        self._proven = False
+        """Whether a launcher of this job was ready once, so that one which dies early was killed."""
         self._closing = False
         self._wanted: tuple[int, int] | None = None
         self._generation = 0
@@ -144,7 +146,8 @@ class Processes:
             self._exceptions[rank] = exception
 
     def kill(self, number: int) -> None:
-        """Send a signal to every rank's process group."""
+        """Send a signal to every rank's process group; ranks that are not started yet stay so."""
+        self._wanted = None
         if self._launcher is not None:
             self._launcher.send(Kill(number))
 
@@ -163,7 +166,7 @@ class Processes:
                 except ProtocolError as error:
                     self._feed(e.SetupFailed(error))
                     return
-                self._ready = True
+                self._ready = self._proven = True
                 self._log.info(
                     "launcher ready", import_s=round(message.seconds, 3), preloaded=",".join(self._config.preload)
                 )
@@ -199,7 +202,7 @@ class Processes:
         for pid in self._living.values():
             _kill_group(pid)
         self._living.clear()
-        if not self._ready:
+        if not self._ready and not self._proven:
             self._feed(e.SetupFailed(self._launcher_failure(returncode)))
             return
         self._ready = False

@@ -7,12 +7,28 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ckptd.core.events import Admit
+from ckptd.core.snapshots import Snapshot
 from ckptd.daemon.arena import Slot, make_page
 from ckptd.daemon.server import Peer
 from ckptd.errors import CkptdError
 from ckptd.protocol.messages import Admitted, Done, Lent
 from ckptd.protocol.page import ControlPage, Word
 from ckptd.types import Evidence, RaisedException
+
+
+def offer_of(order: Admit, snapshot: Snapshot, digests: Mapping[str, str] | None) -> dict[str, Any] | None:
+    """Return what `Admitted` says of the snapshot that a rank may begin with."""
+    if order.offer is None:
+        return None
+    return {
+        "generation": order.offer.id.generation,
+        "step": order.offer.id.step,
+        "tier": order.offer.tier,
+        "slot": snapshot.slots[order.rank],
+        "image_bytes": snapshot.image_bytes[order.rank],
+        "digests": digests,
+    }
 
 
 class Rank:

@@ -25,7 +25,7 @@ from ckptd.core.restore import Source
 from ckptd.daemon import storage_work
 from ckptd.daemon.arena import Arena, Budget
 from ckptd.daemon.processes import Processes
-from ckptd.daemon.ranks import Rank
+from ckptd.daemon.ranks import Rank, offer_of
 from ckptd.daemon.status import show
 from ckptd.errors import AgentError, CkptdError, FencedError, unreachable
 from ckptd.journal import Journal, entry_now
@@ -81,7 +81,7 @@ class Supervisor:
         self.machine = JobMachine(spec, services.journal.next_incident(config.name))
         self._log.info("job started", nproc=config.nproc, every_s=config.every_s, store=tier.url)
         if processes is not None:
-            processes.start(self.feed)
+            processes.start(self._from_processes)
             self._carry_out(self.machine.begin())
         self._spawn_task(self._tick())
 
@@ -123,14 +123,23 @@ class Supervisor:
     async def _tick(self) -> None:
         while not self.ended.done():
             await asyncio.sleep(TICK_S)
-            steps = {rank.rank: rank.step for rank in self.ranks.values() if rank.step}
-            if steps:
-                self.feed(e.Progress({rank: step for rank, step in steps.items() if step is not None}))
+            self._look_at_pages()
             self.feed(e.Tick())
             if self.processes is not None:
                 self.processes.pump()
             if time.monotonic() - self._journaled_at_s > _JOURNAL_EVERY_S:
                 self.write_down()
+
+    def _look_at_pages(self) -> None:
+        """Tell the machine how far the ranks are."""
+        steps = {number: step for number, rank in self.ranks.items() if (step := rank.step)}
+        if steps:
+            self.feed(e.Progress(steps))
+
+    def _from_processes(self, event: e.Input) -> None:
+        if isinstance(event, (e.RankExited, e.LauncherExited)):
+            self._look_at_pages()  # the page outlives its rank, and says how far it came
+        self.feed(event)
 
     # --- effects ----------------------------------------------------------------------------------------------
 
@@ -275,11 +284,11 @@ class Supervisor:
         self._arrived[rank.rank] = rank
         self.feed(e.RankJoined(rank.rank, rank.peer.pid))
 
-    def raised(self, number: int, generation: int, exception: RaisedException) -> None:
+    def raised(self, pid: int, number: int, generation: int, exception: RaisedException) -> None:
         """Remember what a rank says of its end, until the end itself is seen."""
         if self.processes is not None:
             self.processes.raised(number, generation, exception)
-        elif number in self.ranks:
+        elif number in self.ranks and self.ranks[number].peer.pid == pid:
             self.ranks[number].exception = exception
 
     def disconnected(self, rank: Rank) -> None:
@@ -307,6 +316,7 @@ class Supervisor:
         place = next((place for place in (self.ranks, self._arrived) if place.get(rank.rank) is rank), None)
         if place is None:
             return  # its connection and its process end at the same moment
+        self._look_at_pages()
         del place[rank.rank]
         evidence = rank.evidence(time.monotonic())
         rank.close()
@@ -321,14 +331,7 @@ class Supervisor:
         if order.offer is None:
             return None
         snapshot = self.machine.keeper.book.snapshots[order.offer.id]
-        return {
-            "generation": order.offer.id.generation,
-            "step": order.offer.id.step,
-            "tier": order.offer.tier,
-            "slot": snapshot.slots[order.rank],
-            "image_bytes": snapshot.image_bytes[order.rank],
-            "digests": self._digests.get((order.offer.id, order.rank)),
-        }
+        return offer_of(order, snapshot, self._digests.get((order.offer.id, order.rank)))
 
     def reserve(self, rank: Rank, image_bytes: int) -> None:
         """Lend a rank slots that are large enough."""
@@ -376,6 +379,8 @@ class Supervisor:
             await self.processes.close()
         for rank in self.ranks.values():
             rank.dismiss()
+        for rank in self._arrived.values():  # a rank that waits must not take our end for a reason to begin afresh
+            rank.refuse(end.error or AgentError(f"job {self.config.name} is {end.outcome}"))
         self.write_down()
         level = "info" if end.error is None else "error"
         getattr(self._log, level)("job ended", outcome=end.outcome, error=None if end.error is None else str(end.error))

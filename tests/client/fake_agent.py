@@ -94,6 +94,12 @@ class FakeAgent:
         assert len(self.heard(kind)) == count
         return self.heard(kind)[-1]
 
+    def drain(self) -> None:
+        """Wait until everything that was said has been heard, now that every rank has hung up."""
+        for thread in self._threads[1:]:
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+
     def hang_up(self) -> None:
         """Close every connection."""
         for channel in self._channels:

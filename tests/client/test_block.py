@@ -29,12 +29,30 @@ def test_leaving_the_block_captures_the_last_step(agent: FakeAgent) -> None:
 
 
 def test_a_last_step_that_is_captured_already(agent: FakeAgent) -> None:
-    """A last step that was announced and captured is not captured again."""
+    """A last step that was announced and captured is not captured again; its seal is said to be final."""
+    captures: list[int] = []
+    FAULTS["write"] = lambda: captures.append(1)
     with ckptd.attach(data=bytearray(4)) as run:
         agent.page.announce(3)
         list(run.steps(3))
-    assert agent.wait_for(m.Seal).final is False
+    again = agent.wait_for(m.Seal, 2)
+    first = agent.heard(m.Seal)[0]
+    assert (first.final, again.final) == (False, True)
+    assert (again.step, again.slot, again.image_bytes) == (3, first.slot, first.image_bytes)
+    assert len(captures) == 1
+    assert agent.held == {first.slot}
     assert agent.wait_for(m.Leave) == m.Leave(3)
+
+
+def test_a_last_seal_is_said_again_though_its_slot_was_released(agent: FakeAgent) -> None:
+    """Where another rank missed the last step, its slot was released already, and is sealed anew with what it holds."""
+    with ckptd.attach(data=bytearray(4)) as run:
+        agent.page.announce(1)
+        run.step()
+        slot = agent.wait_for(m.Seal).slot
+        agent.page.release(slot)
+    assert agent.wait_for(m.Seal, 2).final
+    assert agent.held == {slot}
 
 
 def test_a_block_without_a_step_captures_nothing(agent: FakeAgent) -> None:
@@ -107,7 +125,7 @@ def test_what_ends_a_program_is_no_exception(agent: FakeAgent, kind: type[BaseEx
     agent.wait_for(m.Stepped)
     assert not run.protected
     assert current_run() is None
-    agent.hang_up()
+    agent.drain()
     assert not agent.heard(m.Raised)
     assert not agent.heard(m.Seal)
 
@@ -172,7 +190,7 @@ def test_the_decorator_passes_arguments_and_result(agent: FakeAgent) -> None:
 
     assert train_it(1, 2, 3, scale=0.5, extra=4) == (1, (2, 3), 0.5, {"extra": 4}, True)
     assert (train_it.__name__, train_it.__doc__) == ("train_it", "Train.")
-    assert list(inspect.signature(train_it).parameters)[0] == "run"
+    assert next(iter(inspect.signature(train_it).parameters)) == "run"
     assert agent.heard(m.Join)[0].options == {"store": "/x", "every_s": 5.0}
     assert agent.wait_for(m.Leave) == m.Leave(3)
 

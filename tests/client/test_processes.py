@@ -162,9 +162,9 @@ def test_an_agent_started_by_a_rank_is_not_its_burden(node: Node) -> None:
 
 
 def test_a_stopped_agent_does_not_stop_training(node: Node) -> None:
-    """With the agent stopped, steps cost nothing, and the one that has to ask it returns at its deadline; then it is over.
+    """With the agent stopped, the step that has to ask it returns at its deadline, and training goes on without it.
 
-    Afterwards the agent goes on, takes note, and ends with the rank.
+    When the agent goes on it takes note, and ends with the rank.
     """
     puppet = node.puppet()
     puppet.do("import ckptd.client.session\nckptd.client.session.CALL_DEADLINE_S = 0.5")

@@ -33,7 +33,7 @@ from ckptd.plugin.manager import PluginManager
 from tests.daemon import bytes_framework
 
 Result = TypeVar("Result")
-PATIENCE_S = 6.0
+PATIENCE_S = 30.0
 """How long anything may take on a busy machine; no test waits for it when all goes well."""
 PUPPET = Path(__file__).with_name("puppet.py")
 TRAIN = """
@@ -56,6 +56,13 @@ def until(condition: Callable[[], Any], what: str, patience_s: float = PATIENCE_
             return value
         time.sleep(0.005)
     raise AssertionError(f"{what} did not happen within {patience_s:g} s")
+
+
+async def eventually(condition: Callable[[], Any]) -> None:
+    """Let the loop run until something is true."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - what a test waits for has no event
+            await asyncio.sleep(0.001)
 
 
 def open_descriptors() -> int:

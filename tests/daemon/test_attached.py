@@ -132,20 +132,22 @@ def test_a_second_start_of_the_same_script_harms_nothing(node: Node, agent: Agen
 
 
 def test_the_slot_of_an_abandoned_snapshot_is_used_again(node: Node, agent: AgentThread) -> None:
-    """When one rank can't capture a step, the other's slot is released, and later steps find slots and are committed."""
+    """When one rank can't capture a step, the other's slot is released, and later steps find slots for their commit."""
     puppets = pair(node)
     train_until(puppets, lambda: agent.committed(), "a commit")
+
+    def abandoned() -> int:
+        return agent.call(lambda: agent.job().machine.keeper.counters.abandoned)
+
+    def more(count: Callable[[], int]) -> Callable[[], bool]:
+        before = count()
+        return lambda: count() > before
+
     for _ in range(3):  # more often than there are slots
-        abandoned = agent.call(lambda: agent.job().machine.keeper.counters.abandoned)
         puppets[1].do("def fail(): raise ckptd.CkptdError('no')\nFAULTS['write'] = fail")
-        train_until(
-            puppets,
-            lambda: agent.call(lambda: agent.job().machine.keeper.counters.abandoned) > abandoned,
-            "an abandoned snapshot",
-        )
+        train_until(puppets, more(abandoned), "an abandoned snapshot")
         puppets[1].do("FAULTS.clear()")
-        before = agent.committed()
-        train_until(puppets, lambda: agent.committed() > before, "a commit after it")
+        train_until(puppets, more(agent.committed), "a commit after it")
     assert any("rank 1: no" in event["reason"] for event in agent.events("snapshot abandoned"))
     assert puppets[1].do("result = run.protected")
 
@@ -167,7 +169,7 @@ def test_any_fault_of_a_capture_reaches_the_agent(node: Node, agent: AgentThread
 
 
 def test_a_state_that_grows_gets_larger_slots(node: Node, agent: AgentThread) -> None:
-    """When the state outgrows its slots, larger ones replace them in the middle of training, and the commit is whole."""
+    """When the state outgrows its slots, larger ones replace them while training goes on, and the commit is whole."""
     puppet = node.puppet()
     puppet.attach(1000)
     puppet.train_until(lambda: agent.committed(), "a commit")
@@ -187,9 +189,7 @@ def test_a_state_that_grows_gets_larger_slots(node: Node, agent: AgentThread) ->
     assert again.data() == contents(restored, size)
 
 
-def test_slots_that_do_not_fit_are_refused_at_attach(
-    node: Node, start_agent: Callable[..., AgentThread]
-) -> None:
+def test_slots_that_do_not_fit_are_refused_at_attach(node: Node, start_agent: Callable[..., AgentThread]) -> None:
     """A state too large for memory_max is refused in the rank with the bytes, and ends the job as failed."""
     agent = start_agent(memory_max_bytes=8 * 2**20)
     puppet = node.puppet()

@@ -22,7 +22,9 @@ class Kernel:
 
     def __init__(self, root: Path, available_bytes: int = 64 * GIB) -> None:
         self.root = root
-        self.write("proc/meminfo", f"MemTotal: 99999999 kB\nMemAvailable:   {available_bytes // 1024} kB\nBuffers: 1 kB\n")
+        self.write(
+            "proc/meminfo", f"MemTotal: 99999999 kB\nMemAvailable:   {available_bytes // 1024} kB\nBuffers: 1 kB\n"
+        )
         self.write("proc/self/cgroup", "")
 
     def write(self, place: str, text: object) -> None:
@@ -39,7 +41,8 @@ class Kernel:
         self.write(f"{place}/{names[0]}", limit)
         self.write(f"{place}/{names[1]}", usage)
         self.write(
-            f"{place}/memory.stat", f"anon 5\n{total}active_file {cache // 2}\n{total}inactive_file {cache - cache // 2}"
+            f"{place}/memory.stat",
+            f"anon 5\n{total}active_file {cache // 2}\n{total}inactive_file {cache - cache // 2}",
         )
 
 
@@ -172,7 +175,6 @@ def test_memory_is_not_counted_twice_while_it_is_reserved(kernel: Kernel, monkey
         kernel_bytes -= size
         Kernel(kernel.root, kernel_bytes)
         if at == 512 * MIB:  # nine pieces of 64 MiB are there, of the 1056 MiB that the first one gets
-
             with ThreadPoolExecutor(1) as other:
                 asked.append(other.submit(budget.take, 600 * MIB, "the other's slots").exception())
 

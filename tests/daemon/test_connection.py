@@ -17,7 +17,7 @@ from ckptd.daemon.connection import Connection
 from ckptd.protocol.channel import Channel
 from ckptd.protocol.codec import MAX_FRAME_BYTES, encode
 from ckptd.protocol.messages import Done, Lent, Message, Request, to_frame
-from tests.daemon.harness import PATIENCE_S, open_descriptors
+from tests.daemon.harness import PATIENCE_S, eventually, open_descriptors
 
 
 class Ends:
@@ -37,12 +37,6 @@ class Ends:
 
     def _closed(self, _: Connection) -> None:
         self.closed += 1
-
-    async def until(self, condition: Callable[[], Any]) -> None:
-        """Let the loop run until something is true."""
-        async with asyncio.timeout(PATIENCE_S):
-            while not condition():
-                await asyncio.sleep(0.001)
 
     def close(self) -> None:
         """Close both."""
@@ -119,7 +113,7 @@ def test_a_thousand_messages_leak_no_descriptor() -> None:
 
 
 def test_big_messages_pass_in_pieces() -> None:
-    """Messages far beyond the socket's buffer arrive whole and in order, each with its descriptors, while others wait."""
+    """Messages far beyond the socket's buffer arrive whole and in order, each with its descriptors."""
 
     async def work() -> None:
         ends = Ends()
@@ -137,7 +131,7 @@ def test_big_messages_pass_in_pieces() -> None:
         lend(ends.connection, Done({"last": 1}), b"c")
         reader = threading.Thread(target=read)
         reader.start()
-        await ends.until(lambda: not reader.is_alive())
+        await eventually(lambda: not reader.is_alive())
         assert got == [(big, [b"a", b"b"]), (big, []), (Done({"last": 1}), [b"c"])]
         assert ends.connection._queued_bytes == 0
         ends.close()
@@ -151,12 +145,12 @@ def test_a_peer_that_does_not_read_is_closed(monkeypatch: pytest.MonkeyPatch) ->
 
     async def work() -> None:
         ends = Ends()
-        for number in range(100):
+        for sent in range(100):  # noqa: B007 - how many it took is looked at below
             lend(ends.connection, Done({"text": "x" * 100_000}), b"waits")
             assert ends.connection._queued_bytes <= 2**20
             if ends.closed:
                 break
-        assert 5 < number < 20
+        assert 5 < sent < 20
         ends.connection.send(Done())
         ends.connection.close()
         assert ends.closed == 1
@@ -184,9 +178,9 @@ def test_garbage_closes_the_connection(garbage: bytes) -> None:
     async def work() -> None:
         ends = Ends()
         ends.stream.sendall(encode(to_frame(Request(1))))
-        await ends.until(lambda: ends.received)
+        await eventually(lambda: ends.received)
         ends.stream.sendall(garbage)
-        await ends.until(lambda: ends.closed)
+        await eventually(lambda: ends.closed)
         assert ends.received == [Request(1)]
         assert ends.stream.recv(1) == b""
         ends.close()
@@ -206,7 +200,7 @@ def test_messages_come_whole_however_they_are_cut() -> None:
             ends.stream.sendall(bytes([byte]))
             await asyncio.sleep(0)
         ends.stream.sendall(data)
-        await ends.until(lambda: len(ends.received) == 10)
+        await eventually(lambda: len(ends.received) == 10)
         assert ends.received == [*sent, *sent]
         ends.close()
 
@@ -221,7 +215,7 @@ def test_the_last_words_of_a_peer_that_is_gone() -> None:
         for number in range(100):
             ends.stream.sendall(encode(to_frame(Request(number))))
         ends.peer.close()
-        await ends.until(lambda: ends.closed)
+        await eventually(lambda: ends.closed)
         assert ends.received == [Request(number) for number in range(100)]
         ends.connection.send(Done())
         ends.connection.close()
@@ -256,7 +250,7 @@ def test_no_message_after_the_end() -> None:
 
         ends = Ends(handle)
         ends.stream.sendall(b"".join(encode(to_frame(Request(number))) for number in range(3)))
-        await ends.until(lambda: ends.closed)
+        await eventually(lambda: ends.closed)
         await asyncio.sleep(0.01)
         assert handled == [Request(0)]
         assert ends.closed == 1
@@ -274,7 +268,7 @@ def test_descriptors_of_a_peer_are_not_taken() -> None:
         shared = region(b"unwanted")
         for number in range(50):
             socket.send_fds(ends.stream, [encode(to_frame(Request(number)))], [shared] * 10)
-        await ends.until(lambda: len(ends.received) == 50)
+        await eventually(lambda: len(ends.received) == 50)
         os.close(shared)
         assert open_descriptors() == before
         ends.close()

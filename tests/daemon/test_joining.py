@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from ckptd.config import JobConfig
 from ckptd.core.events import Progress
-from ckptd.errors import AgentError, CkptdError, ConfigError, FencedError, NotFoundError
+from ckptd.errors import AgentError, CkptdError, ConfigError, NotFoundError
 from ckptd.protocol import messages as m
-from ckptd.protocol.channel import Channel, open_channel
+from ckptd.protocol.channel import open_channel
 from ckptd.protocol.page import ControlPage, Word
 from tests.daemon.harness import PATIENCE_S, AgentThread, Node, PuppetError, until
 
@@ -166,9 +166,13 @@ def test_a_rank_speaks_only_after_it_joined(speaker: Speaker) -> None:
 
 
 def test_a_slot_that_was_not_lent_can_not_be_sealed(speaker: Speaker, agent: AgentThread) -> None:
-    """Sealing a slot that the rank doesn't have is refused, and nothing is flushed."""
+    """Sealing a slot that the rank doesn't have is refused in the log, and nothing is flushed."""
     assert speaker.join() == m.Admitted(1, None)
-    assert "sealed slot 5, which it was not lent" in str(refused(speaker, m.Seal(1, 5, 4096, 0.0)))
+    speaker.channel.send(m.Seal(1, 5, 4096, 0.0, final=True), PATIENCE_S)
+    assert isinstance(speaker.ask(m.Reserve(4096)), m.Lent)
+    (refusal,) = agent.events("message refused")
+    assert (refusal["message"], refusal["pid"]) == ("Seal", os.getpid())
+    assert "sealed slot 5, which it was not lent" in refusal["error"]
     assert agent.status()["last_committed"] is None
 
 
@@ -181,11 +185,11 @@ def test_slots_of_no_size_are_refused(speaker: Speaker, agent: AgentThread, size
 
 
 def test_what_is_not_for_ranks_is_refused(speaker: Speaker, node: Node) -> None:
-    """A rank can't ask what ctl asks, nor ctl say what a rank says."""
+    """A rank can't ask what ctl asks, nor ctl ask what a rank asks."""
     speaker.join()
     assert isinstance(refused(speaker, m.Status()), AgentError)
     ctl = Speaker(node, "ctl")
-    assert isinstance(refused(ctl, m.Seal(1, 0, 4096, 0.0)), AgentError)
+    assert isinstance(refused(ctl, m.Reserve(4096)), AgentError)
     assert isinstance(refused(ctl, m.Control("nosuch", "stop")), NotFoundError)
     ctl.close()
 
@@ -201,13 +205,17 @@ def test_bad_options_are_refused(node: Node, speaker: Speaker, agent: AgentThrea
 
 WORD = st.integers(0, 4) | st.integers(-(2**63), 2**64 - 1) | st.integers(-(10**30), 10**30)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False) | st.just(math.pi)
-OBJECT = st.dictionaries(st.sampled_from(["code", "message", "type", "traceback", "x"]), st.text(max_size=5), max_size=4)
+OBJECT = st.dictionaries(
+    st.sampled_from(["code", "message", "type", "traceback", "x"]), st.text(max_size=5), max_size=4
+)
 SAID = st.one_of(
     st.builds(m.Reserve, WORD.filter(lambda size: size < 2**24)),
     st.builds(m.Restored, WORD, WORD, NUMBER),
     st.builds(m.RestoreFailed, WORD, WORD, OBJECT),
     st.builds(m.Stepped, WORD, NUMBER),
-    st.builds(m.Seal, WORD, st.integers(-1, 3), WORD, NUMBER, st.dictionaries(st.text(max_size=3), NUMBER), st.booleans()),
+    st.builds(
+        m.Seal, WORD, st.integers(-1, 3), WORD, NUMBER, st.dictionaries(st.text(max_size=3), NUMBER), st.booleans()
+    ),
     st.builds(m.Missed, WORD, WORD, st.none() | OBJECT),
     st.builds(m.Request, WORD),
     st.builds(m.Leave, WORD),

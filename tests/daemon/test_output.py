@@ -153,7 +153,7 @@ def test_colors_tell_ranks_apart(tmp_path: Path) -> None:
 def test_a_rank_that_prints_without_end_does_not_hold_the_agent(
     screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One pump passes on a bounded part of what a rank prints faster than anybody reads; the rest comes later, whole."""
+    """One pump passes on a bounded part of what a rank prints faster than anybody reads, and later the rest, whole."""
     lines = 0
 
     def endless(descriptor: int, size: int, read: Callable[[int, int], bytes] = os.read) -> bytes:

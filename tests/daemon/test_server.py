@@ -20,7 +20,7 @@ from ckptd.errors import AgentError, ProtocolError
 from ckptd.protocol import endpoint
 from ckptd.protocol.channel import Channel, open_channel
 from ckptd.protocol.messages import PROTOCOL_VERSION, Done, Hello, Message, Refused, Request, Welcome
-from tests.daemon.harness import PATIENCE_S, open_descriptors
+from tests.daemon.harness import PATIENCE_S, eventually, open_descriptors
 
 FRAMEWORKS = [{"name": "bytes", "trigger": "ckptd", "target": "a:b"}]
 
@@ -87,8 +87,7 @@ def test_a_greeting_is_answered_with_a_welcome(tmp_path: Path) -> None:
         assert (peer.role, peer.pid, message) == ("rank", os.getpid(), Request(3))
         assert listening.server.peers == {peer}
         channel.close()
-        while not listening.closed:
-            await asyncio.sleep(0.001)
+        await eventually(lambda: listening.closed)
         assert listening.closed == [peer]
         assert not listening.server.peers
 
@@ -284,7 +283,7 @@ def test_an_impossible_place_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
 
     async def main() -> None:
-        with pytest.raises(AgentError, match="can't listen at .*: .*(directory|exists|long)") as refused:
+        with pytest.raises(AgentError, match=r"can't listen at .*: .*(directory|exists|long)") as refused:
             Listening(tmp_path / place)
         assert "CKPTD_SOCKET" in str(refused.value.hint)
 

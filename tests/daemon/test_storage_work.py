@@ -164,7 +164,7 @@ def test_a_failure_lets_go_of_the_slots(tmp_path: Path, pool: ThreadPoolExecutor
     gc.collect()
     gc.disable()
     try:
-        with pytest.raises(StoreError):  # noqa: PT012 - the whole block is what fails
+        with pytest.raises(StoreError):
             if verb == "flush":
                 storage_work.flush(tier, "job", order(views), views, pool)
             else:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,8 +44,8 @@ class World:
         self.folder = folder
         self.home = folder / "home"
         self.store = folder / "runs"
-        self.temporary = folder / "tmp"
-        self.temporary.mkdir()
+        # A short path: multiprocessing puts sockets there, whose names are limited.
+        self.temporary = Path(tempfile.mkdtemp(prefix="ckptd-world-"))
         self.env = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("CKPTD_", "XDG_RUNTIME"))},
             "CKPTD_HOME": str(self.home),
@@ -200,3 +202,4 @@ class World:
                 process.wait()
         for process in self.processes():
             process.kill()
+        shutil.rmtree(self.temporary, ignore_errors=True)

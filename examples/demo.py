@@ -91,9 +91,7 @@ def main():
 
         (step, killed), (other_step, whole) = digest("gpt", env), digest("gpt-uninterrupted", env)
         incidents = json.loads(
-            subprocess.run(
-                [*CKPTCTL, "incidents", "gpt", "--json"], env=env, capture_output=True, check=True
-            ).stdout
+            subprocess.run([*CKPTCTL, "incidents", "gpt", "--json"], env=env, capture_output=True, check=True).stdout
         )
         say(f"\n3. SHA-256 after step {step} of the killed run, and step {other_step} of the uninterrupted one:")
         for part in killed:

@@ -36,8 +36,8 @@ def start(name: str, folder: Path, args: argparse.Namespace) -> list[subprocess.
     env["CKPTD_HOME"] = str(folder / "home")
     log = (folder / "log").open("wb")
     if name == "ckptd":
-        run = [sys.executable, "-m", "ckptd.cli.main", "run", "--nproc=2", "--every=1h", "--name=bench", "--keep-last=1"]
-        full = [*run, f"--store={folder / 'store'}", "--", *command(name, folder, args)]
+        options = ["--nproc=2", "--every=1h", "--name=bench", "--keep-last=1", f"--store={folder / 'store'}"]
+        full = [sys.executable, "-m", "ckptd.cli.main", "run", *options, "--", *command(name, folder, args)]
         return [subprocess.Popen(full, env=env, stdout=log, stderr=log, cwd=ROOT)]
     ranks = []
     for rank in range(2):
@@ -129,6 +129,12 @@ def row(item: dict[str, Any], best: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def limit_row(name: str, size: int, seconds: list[float]) -> dict[str, str]:
+    """Return a printed row of what the machine allows."""
+    rate = size / spread(seconds)["median"] / 1e9
+    return {"limit, both ranks at once": name, "s": show(spread(seconds)), "GB/s": f"{rate:.2f}"}
+
+
 def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
@@ -153,10 +159,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         found = limits.measure(state // 4096 * 4096, Path(folder), args.repeats)
     print()
-    print(table([
-        {"limit, both ranks at once": name, "s": show(spread(seconds)), "GB/s": f"{2 * state / spread(seconds)['median'] / 1e9:.2f}"}
-        for name, seconds in found.items()
-    ]))  # fmt: skip
+    print(table([limit_row(name, 2 * state, seconds) for name, seconds in found.items()]))
     if args.json:
         args.json.write_text(json.dumps({"contenders": items, "limits": found, "rounds": rounds}, indent=1))
 

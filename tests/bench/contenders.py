@@ -233,6 +233,4 @@ class Ckptd(Contender):
         self.run.close()
 
 
-CONTENDERS = {
-    kind.name: kind for kind in (TorchSave, Dcp, DcpThread, DcpThreadKept, DcpProcess, DcpProcessKept, Ckptd)
-}
+CONTENDERS = {kind.name: kind for kind in (TorchSave, Dcp, DcpThread, DcpThreadKept, DcpProcess, DcpProcessKept, Ckptd)}

@@ -229,7 +229,12 @@ class Node:
 
     def agents(self) -> list[psutil.Process]:
         """Return the node's agent processes."""
-        return [process for process in self.processes() if "ckptd.daemon" in process.cmdline()]
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):  # it ended meanwhile
+                if "ckptd.daemon" in process.cmdline():
+                    found.append(process)
+        return found
 
     def incidents(self, job: str = "job") -> list[dict[str, Any]]:
         """Return a job's incidents from the journal."""

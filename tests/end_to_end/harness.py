@@ -166,7 +166,7 @@ class World:
         try:
             until(lambda: not self.processes(), "the end of every process", patience_s)
         except AssertionError:
-            left = [(process.pid, process.cmdline()) for process in self.processes()]
+            left = [process.as_dict(["pid", "cmdline", "status"]) for process in self.processes()]
             raise AssertionError(f"left running: {left}") from None
 
     def incidents_now(self, job: str) -> list[dict[str, Any]]:

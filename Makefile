@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint format chaos clean venv
+.PHONY: demo test lint format chaos bench clean venv
 
 venv: $(STAMP)
 
@@ -28,6 +28,10 @@ lint: venv
 # Real kills at random moments, longer than `make test` should take.
 chaos: venv
 	$(BIN)/python -m pytest -m chaos tests/chaos
+
+# Figures beside what a user would pick instead; see tests/bench/README.md.
+bench: venv
+	$(BIN)/python -m tests.bench.compare
 
 format: venv
 	$(BIN)/ruff check --fix

@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from operator import attrgetter, eq
@@ -17,7 +16,6 @@ import torch
 from ckptd.errors import invariant
 from ckptd.storage.image import Layout, TensorSpec, plan, write_values
 from ckptd_integrations.torch.copying import copy_bytes
-from ckptd_integrations.torch.overlap import BackgroundCopy
 from ckptd_integrations.torch.tensors import DTYPES, TensorTable
 from ckptd_integrations.torch.tree import TREE_VERSION
 
@@ -108,14 +106,10 @@ class TorchImage:
     It refers to the live tensors. Write it before training goes on.
     """
 
-    def __init__(
-        self, placement: Placement, table: TensorTable, values: bytes, owned: Callable[[], AbstractSet[int]] = frozenset
-    ) -> None:
-        """Hold what was collected; `owned` returns the addresses of tensors that only an optimizer changes."""
+    def __init__(self, placement: Placement, table: TensorTable, values: bytes) -> None:
         self._placement = placement
         self._table = table
         self._values = values
-        self._owned = owned
 
     @property
     def layout(self) -> Layout:
@@ -133,47 +127,22 @@ class TorchImage:
         No view of `slot` outlives the call. What a writer that dies midway leaves is no image: only sealing makes it
         one. Raises `StateError` when a tensor got other memory after `prepare`.
         """
-        self._write_now(slot, frozenset())
-
-    def begin(self, slot: memoryview) -> BackgroundCopy | None:
-        """Write what may change at any time, and copy in the background what only an optimizer's step changes.
-
-        Returns None when nothing can wait, and the image is complete. Otherwise no optimizer may step before
-        `finish` of what is returned, and `slot` has to stay mapped until then. Raises as `write` does.
-        """
-        owned = self._owned()
-        table = self._table
-        waiting = {index for index, pointer in enumerate(table.pointers) if pointer in owned}.difference(table.odd)
-        self._write_now(slot, waiting)
-        if not waiting:
-            return None
-        chosen = [index in waiting for index in range(len(table.pointers))]
-        anchor = ctypes.c_char.from_buffer(slot)
-        base = ctypes.addressof(anchor)
-        places = [base + offset for offset in compress(self._placement.offsets, chosen)]
-        copies = (places, list(compress(table.pointers, chosen)), list(compress(self._placement.sizes, chosen)))
-        return BackgroundCopy(
-            list(compress(table.names, chosen)), list(compress(table.tensors, chosen)), copies, anchor
-        )
-
-    def _write_now(self, slot: memoryview, left_out: AbstractSet[int]) -> None:
-        """Write everything but the tensors of the indexes `left_out`."""
         # Addresses are not checked by anybody later.
         fits = slot.nbytes >= self.image_bytes and slot.contiguous and not slot.readonly
         invariant(fits, f"a slot of {slot.nbytes} bytes can't take an image of {self.image_bytes}")
         with slot.cast("B") as target:
             header = self._placement.layout.header
             target[: len(header)] = header
-            self._write_tensors(target, left_out)
+            self._write_tensors(target)
             write_values(target, self._placement.layout.values, self._values)
 
-    def _write_tensors(self, target: memoryview, left_out: AbstractSet[int]) -> None:
+    def _write_tensors(self, target: memoryview) -> None:
         table, placement = self._table, self._placement
         pointers = table.current_pointers()
         offsets, sizes = placement.offsets, placement.sizes
-        if table.odd or left_out:
-            skipped = {*left_out, *table.odd}
-            direct = [index not in skipped for index in range(len(sizes))]
+        if table.odd:
+            odd = set(table.odd)
+            direct = [index not in odd for index in range(len(sizes))]
             pointers = list(compress(pointers, direct))
             offsets, sizes = list(compress(offsets, direct)), list(compress(sizes, direct))
         anchor = ctypes.c_char.from_buffer(target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from ckptd.storage import image as shard
 from ckptd_integrations.torch.capture import METADATA, LayoutCache, TorchImage, pack_values
 from ckptd_integrations.torch.fitting import Fitter
 from ckptd_integrations.torch.nodes import read_document
-from ckptd_integrations.torch.overlap import before_any_optimizer_step, owned_by_optimizers
 from ckptd_integrations.torch.rng import RNG_NAME, capture_rng, restore_rng
 from ckptd_integrations.torch.sources import ImageTensors, verify
 from ckptd_integrations.torch.tensors import tabulate
@@ -39,7 +38,6 @@ class TorchBinding:
         self.state: dict[str, Any] = dict(state)
         self._rng = rng
         self._layouts = LayoutCache()
-        self._unhook: Callable[[], None] = lambda: None
         self._check_own_names()
 
     def prepare(self) -> TorchImage:
@@ -54,16 +52,7 @@ class TorchBinding:
             entries.append((RNG_NAME, harvest.encode(capture_rng(), RNG_NAME)))
         table = tabulate(harvest.names, harvest.tensors)
         values = pack_values(entries, table)
-        place = self._layouts.place(table, len(values))
-        return TorchImage(place, table, values, lambda: owned_by_optimizers(self.state.values()))
-
-    def before_optimizer_steps(self, wait: Callable[[], None]) -> None:
-        """Have `wait` called before every optimizer's step from now on."""
-        self._unhook = before_any_optimizer_step(wait)
-
-    def close(self) -> None:
-        """Undo what binding has changed in torch."""
-        self._unhook()
+        return TorchImage(self._layouts.place(table, len(values)), table, values)
 
     def restore(self, image: memoryview, digests: Mapping[str, str] | None) -> None:
         """Fill the bound objects in place from `image`, after checking `digests` when there are any.

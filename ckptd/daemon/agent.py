@@ -79,7 +79,10 @@ class Agent:
             _check_command(config)
         tier = self.plugins.open_tier(config.store)
         tier.check_writable()
+        if config.name in self._leases:  # it has ended in this very turn of the loop
+            self._release(config.name, self._leases[config.name])
         lease = self._services.coordinator.lease(config.name, f"agent {os.getpid()}")
+        self._leases[config.name] = lease
         processes = None
         if config.supervised:
             processes = Processes(
@@ -93,9 +96,14 @@ class Agent:
             )
         job = Supervisor(config, tier, self._services, processes)
         self.jobs[config.name] = job
-        job.ended.add_done_callback(lambda _: lease.release())
+        job.ended.add_done_callback(lambda _: self._release(config.name, lease))
         job.write_down()
         return job
+
+    def _release(self, name: str, lease: Lease) -> None:
+        if self._leases.get(name) is lease:
+            del self._leases[name]
+            lease.release()
 
     def job(self, name: str) -> Supervisor:
         """Return a job of this agent; raises `NotFoundError`."""

@@ -113,24 +113,7 @@ def test_a_child_that_lives_on_does_not_hide_the_end_of_its_rank(node: Node) -> 
 
 def test_loader_workers_and_a_kill(world: World) -> None:
     """DataLoader workers forked while attached disturb nothing, and neither hide nor survive the kill of their rank."""
-    run = world.run(str(LOADER), 8)  # DEBUG
-    import subprocess
-    try:
-        run.wait(40)
-    except subprocess.TimeoutExpired:
-        with open("/tmp/scratch/hang.txt", "w") as f:
-            print(world.output(run), world.status("loader"), file=f)
-            for p in world.processes():
-                print(p.pid, p.ppid(), p.cmdline(), p.status(), file=f)
-                try:
-                    print(open(f"/proc/{p.pid}/wchan").read(), open(f"/proc/{p.pid}/stack").read(), file=f)
-                except OSError as e: print(e, file=f)
-                import os
-                print([os.readlink(f"/proc/{p.pid}/fd/{x}") for x in os.listdir(f"/proc/{p.pid}/fd")], file=f)
-            f.flush()
-        if os.path.exists("/tmp/scratch/pause"): time.sleep(300)
-        raise
-    output = world.finish(run)
+    output = world.finish(world.run(str(LOADER), 8))
     total = sum(index * index for index in range(8)) * 8
     assert f"[0] total {total} generation 2" in output
     assert f"[1] total {total} generation 2" in output

@@ -44,11 +44,11 @@ def attach(
 
 def begin(*, job: str | None, store: str | None, every: str | float | None, strict: bool, rng: bool) -> Run:
     """Return a run whose objects are still to be attached; `@resumable` hands it to the decorated function."""
-    if current_run() is not None:
-        raise ConfigError("this process has a run already", hint="attach all state in one call, once per process")
+    _refuse_a_second_run()
     run = Run(strict=strict)
 
     def bind(state: dict[str, Any]) -> None:
+        _refuse_a_second_run()
         try:
             place = _place(job)
             channel, welcome = reach_agent(endpoint.socket_path(os.environ), may_start=not place.generation)
@@ -77,6 +77,11 @@ def begin(*, job: str | None, store: str | None, every: str | float | None, stri
 
     run._bind = bind  # noqa: SLF001 - the same package
     return run
+
+
+def _refuse_a_second_run() -> None:
+    if current_run() is not None:
+        raise ConfigError("this process has a run already", hint="attach all state in one call, once per process")
 
 
 class _Place(NamedTuple):

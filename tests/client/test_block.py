@@ -242,8 +242,26 @@ def test_a_resumable_function_attaches_once(agent: FakeAgent) -> None:
     assert len(agent.heard(m.Join)) == 1
 
 
+def test_the_outer_of_two_resumable_functions(agent: FakeAgent) -> None:
+    """A run whose function waits for another one can't be attached beside it, but after it."""
+
+    @ckptd.resumable(job="inner")
+    def inner(run: ckptd.Run, outer_run: ckptd.Run) -> None:
+        run.attach(data=bytearray(4))
+        with pytest.raises(ckptd.CkptdError, match="has a run already"):
+            outer_run.attach(data=bytearray(4))
+
+    @ckptd.resumable(job="outer")
+    def outer(run: ckptd.Run) -> None:
+        inner(run)
+        assert current_run() is None
+
+    outer()
+    assert len(agent.heard(m.Join)) == 1
+
+
 def test_resumable_functions_in_each_other(agent: FakeAgent) -> None:
-    """A resumable function that calls another one, before or after it attached, is refused the second attach."""
+    """A resumable function that has attached and calls another one is refused the second attach."""
 
     @ckptd.resumable(job="inner")
     def inner(run: ckptd.Run) -> None:

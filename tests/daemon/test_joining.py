@@ -129,6 +129,19 @@ def test_a_process_may_attach_again(node: Node, agent: AgentThread) -> None:
     assert puppet.attach()[:2] == [3, 6]
 
 
+def test_what_a_guest_reports_is_not_the_holders(node: Node, agent: AgentThread) -> None:
+    """An exception of a process that never got the place is not taken for that of the rank that holds it."""
+    holder, guest = node.puppet(), node.puppet()
+    holder.attach()
+    holder.train(1)
+    with pytest.raises(PuppetError, match="which can't be captured"):
+        guest.do("import threading\nckptd.attach(lock=threading.Lock())")
+    holder.kill()
+    (incident,) = until(node.incidents, "the incident")
+    assert incident["cause"] == "rank 0 ended while it was training"
+    assert incident["exception"] is None
+
+
 def test_the_newest_of_several_that_wait_for_one_place(node: Node, agent: AgentThread) -> None:
     """When two processes wait for one rank's place, the older one is told so at once and trains on unprotected."""
     holder, older, newer = node.puppet(), node.puppet(), node.puppet()

@@ -41,6 +41,7 @@ class Rank:
         self.page: ControlPage | None = None
         self.lent: tuple[int, ...] = ()
         self.offered_slot: int | None = None
+        self.waits_for_slots = False
         self.leaving = False
         self.left = False
         self.exception: RaisedException | None = None

@@ -335,6 +335,7 @@ class Supervisor:
 
     def reserve(self, rank: Rank, image_bytes: int) -> None:
         """Lend a rank slots that are large enough."""
+        rank.waits_for_slots = True
         self._spawn_task(self._reserve(rank, image_bytes))
 
     async def _reserve(self, rank: Rank, image_bytes: int) -> None:
@@ -342,9 +343,11 @@ class Supervisor:
         try:
             numbers = await asyncio.to_thread(self._arena.reserve, rank.rank, image_bytes, held)
         except CkptdError as error:
+            rank.waits_for_slots = False
             rank.refuse(error)
             self.feed(e.SetupFailed(error))
             return
+        rank.waits_for_slots = False
         slots = self._arena.slots(rank.rank)
         self._log.debug("slots lent", rank=rank.rank, slots=len(numbers), size_bytes=image_bytes)
         rank.lend(slots, numbers)
@@ -379,7 +382,8 @@ class Supervisor:
             await self.processes.close()
         for rank in self.ranks.values():
             rank.dismiss()
-        for rank in self._arrived.values():  # a rank that waits must not take our end for a reason to begin afresh
+        # A rank that waits must not take our end for a reason to begin afresh.
+        for rank in (*self._arrived.values(), *(item for item in self.ranks.values() if item.waits_for_slots)):
             rank.refuse(end.error or AgentError(f"job {self.config.name} is {end.outcome}"))
         self.write_down()
         level = "info" if end.error is None else "error"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 from ckptd.core import events as e
 from ckptd.core.events import Effect, Log
 from ckptd.core.generation import Generation
@@ -65,9 +67,10 @@ class Recovery:
         return [*effects, Log("rank failed", fields, level="error"), e.Record(self.incident.snapshot())]
 
     def consequence(self, evidence: Evidence) -> None:
-        """Note a rank that went down after the first one."""
+        """Note a rank that went down after the first one; a SIGKILL is ours then, and must not read as a fault."""
         if self.incident is not None:
-            self.incident.add_consequence(evidence.summary)
+            ours = evidence.signal == signal.SIGKILL
+            self.incident.add_consequence(f"ckptd ended rank {evidence.rank}" if ours else evidence.summary)
 
     def decide(self, now_s: float) -> tuple[RestartDecision, list[Effect]]:
         """Decide what follows, now that no rank of the generation is left."""

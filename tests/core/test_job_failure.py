@@ -50,7 +50,7 @@ def test_a_kill_costs_the_steps_since_the_newest_snapshot(captured):
     assert "incident 1 closed: rank 1 was killed by signal 9, lost 3" in captured.committed("g2/s19")
     incident = captured.incidents[1]
     assert incident.restored == {"step": 10, "tier": "memory", "generation": 1}
-    assert incident.consequences == ("rank 0 was killed by signal 9",)
+    assert incident.consequences == ("ckptd ended rank 0",)
     assert set(incident.seconds) == {"detect", "kill", "decide", "start", "restore", "first_step", "total"}
 
 

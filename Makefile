@@ -29,9 +29,9 @@ lint: venv
 chaos: venv
 	$(BIN)/python -m pytest -m chaos tests/chaos
 
-# Figures beside what a user would pick instead; see tests/bench/README.md.
+# Figures beside what a user would pick instead: make bench ARGS="--quick"; see tests/bench/README.md.
 bench: venv
-	$(BIN)/python -m tests.bench.compare
+	$(BIN)/python -m tests.bench.compare $(ARGS)
 
 format: venv
 	$(BIN)/ruff check --fix

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from ckptd.client.attach import attach
     from ckptd.client.decorator import resumable
-    from ckptd.client.run import Restored, Run
+    from ckptd.client.restoring import Restored
+    from ckptd.client.run import Run
     from ckptd.errors import CkptdError
 
 __all__ = ["CkptdError", "Restored", "Run", "__version__", "attach", "resumable"]
@@ -26,7 +27,7 @@ _HOME = {
     "attach": "ckptd.client.attach",
     "resumable": "ckptd.client.decorator",
     "Run": "ckptd.client.run",
-    "Restored": "ckptd.client.run",
+    "Restored": "ckptd.client.restoring",
     "CkptdError": "ckptd.errors",
 }
 

@@ -19,6 +19,7 @@ from ckptd.units import parse_duration, parse_size
 
 DEFAULT_PRELOAD = ("torch",)
 MAX_NPROC = 1024
+OVERLAPS = ("auto", "on", "off")
 _EXAMPLE = 'a job looks like: command = ["train.py", "--steps", "10"], store = "runs", nproc = 2, every = "30s"'
 
 
@@ -64,6 +65,13 @@ class JobConfig:
     cwd: str = "."
     env: Mapping[str, str] = field(default_factory=dict)
     slots: int = 2
+    """How many snapshots memory holds: two, so that one is always sealed. With one, that is given up for the next."""
+    reuse_unchanged: bool = True
+    """Whether a tensor that has not changed is referred to, and not written again; else every file is complete."""
+    flush_max_bytes_per_s: int = 0
+    """What flushes may write in a second, 0: as much as the disk takes."""
+    overlap: str = "auto"
+    """Whether captures are copied beside the next step: "on", "off", or "auto" for what costs the job less."""
 
     def __post_init__(self) -> None:
         """Refuse what can't run, before anything is started."""
@@ -72,7 +80,13 @@ class JobConfig:
         _require(0 < self.every_s < math.inf, f"every is {self.every_s:g} s", "it must be longer than nothing")
         _require(self.keep_last >= 1, f"keep_last is {self.keep_last}", "at least 1 checkpoint must stay")
         _require(self.max_restarts >= 0, f"max_restarts is {self.max_restarts}", "0 means that no restart is made")
-        _require(2 <= self.slots <= 8, f"slots is {self.slots}", "from 2 to 8: one sealed while another is written")
+        _require(1 <= self.slots <= 8, f"slots is {self.slots}", "from 1 to 8; 2 keep one sealed while one is written")
+        _require(
+            self.flush_max_bytes_per_s >= 0,
+            f"flush_max is {self.flush_max_bytes_per_s} bytes per second",
+            "0 means that flushes are not bounded",
+        )
+        _require(self.overlap in OVERLAPS, f"overlap is {self.overlap!r}", f"use {', '.join(OVERLAPS[:-1])} or off")
         _require(bool(self.store), "no store is named", "say where checkpoints go, like --store ./runs")
 
     @property
@@ -110,6 +124,8 @@ def load_job_file(path: Path) -> JobConfig:
     data.setdefault("name", path.stem)
     if "every" in data:
         data["every_s"] = parse_duration(str(data.pop("every")), "every")
+    if "flush_max" in data:
+        data["flush_max_bytes_per_s"] = parse_rate(str(data.pop("flush_max")), "flush_max")
     if data.get("preload") is False:
         data["preload"] = []
     folder = path.absolute().parent
@@ -122,6 +138,11 @@ def load_job_file(path: Path) -> JobConfig:
         bool(data.get("command")), f"{path} names no command", 'write it like command = ["train.py", "--steps", "10"]'
     )
     return JobConfig.from_json(data)
+
+
+def parse_rate(text: str, what: str) -> int:
+    """Return the bytes per second of "500MB/s" or "500MB"; raises `ConfigError` that names `what`."""
+    return parse_size(text.strip().removesuffix("/s"), what)
 
 
 def absolute_store(store: str, folder: Path) -> str:
@@ -140,6 +161,10 @@ def _is_text(value: object) -> bool:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_switch(value: object) -> bool:
+    return isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
@@ -167,5 +192,8 @@ _SHAPES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "cwd": ("text", _is_text),
     "env": ("a table of strings", _is_table),
     "slots": ("a whole number", _is_whole),
+    "reuse_unchanged": ("true or false", _is_switch),
+    "flush_max_bytes_per_s": ("a whole number", _is_whole),
+    "overlap": ("text", _is_text),
 }
 """What each setting of a job looks like in JSON and TOML."""

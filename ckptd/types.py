@@ -45,15 +45,27 @@ class CheckpointRecord:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpan:
-    """Where one tensor lies in a shard image: `begin` and `end` are byte offsets from the start of the file."""
+class Piece(NamedTuple):
+    """Which part of which tensor an entry of a shard is, when the tensor belongs to the job and not to one rank.
+
+    The tensor has the global `shape`; the entry holds the box that begins at `offset` and has the entry's own shape.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+
+class TensorSpan(NamedTuple):
+    """Where one entry lies in a shard image: `begin` and `end` are byte offsets from the start of the file."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    piece: Piece | None = None
+    """None for a tensor of this rank alone, which then bears the entry's name."""
 
 
 @dataclass(frozen=True, slots=True)

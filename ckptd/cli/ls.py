@@ -21,7 +21,8 @@ def register(verbs: Any) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="a list of {generation, step, tier, committed_at, size_bytes, shards, world_size}",
+        help="a list of {generation, step, tier, committed_at, size_bytes, shards, world_size}; size_bytes is what was "
+        "written for a checkpoint, without the unchanged tensors that it refers to",
     )
     parser.set_defaults(verb=run)
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ckptd.config import DEFAULT_PRELOAD, AgentConfig, JobConfig, absolute_store
+from ckptd.config import DEFAULT_PRELOAD, OVERLAPS, AgentConfig, JobConfig, absolute_store, parse_rate
 from ckptd.core import events as e
 from ckptd.daemon.agent import Agent
 from ckptd.daemon.supervisor import Supervisor
@@ -48,8 +48,32 @@ def register(verbs: Any) -> None:
     )
     parser.add_argument("--no-preload", action="store_true", help="start every rank by plain exec")
     parser.add_argument("--python", default=sys.executable, metavar="PATH", help="the interpreter of the ranks")
+    _add_speed(parser)
     parser.add_argument("--log-format", choices=("auto", "console", "json"), help="how ckptd logs (default auto)")
     parser.set_defaults(verb=run)
+
+
+def _add_speed(parser: argparse.ArgumentParser) -> None:
+    """Add what trades memory, bandwidth and training time for each other."""
+    parser.add_argument(
+        "--slots",
+        type=int,
+        default=2,
+        metavar="N",
+        help="snapshots in memory per rank (default 2; with 1 a restart during a capture reads the disk)",
+    )
+    parser.add_argument(
+        "--overlap",
+        choices=OVERLAPS,
+        default=os.environ.get("CKPTD_OVERLAP") or OVERLAPS[0],
+        help="copy parameters and optimizer state beside the next step (default auto: what costs the job less)",
+    )
+    parser.add_argument(
+        "--flush-max", default="0", metavar="RATE", help='what flushes may write, like "500MB/s" (default: no limit)'
+    )
+    parser.add_argument(
+        "--plain-files", action="store_true", help="write every tensor each time, also those that have not changed"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -84,6 +108,10 @@ def _job_config(options: argparse.Namespace) -> JobConfig:
         preload=preload,
         python=options.python,
         cwd=str(Path.cwd()),
+        slots=options.slots,
+        reuse_unchanged=not options.plain_files,
+        flush_max_bytes_per_s=parse_rate(options.flush_max, "--flush-max"),
+        overlap=options.overlap,
     )
 
 

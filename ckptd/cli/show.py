@@ -10,6 +10,7 @@ from ckptd.cli.render import show_fields, show_json, show_table
 from ckptd.storage.catalog import load_manifest
 from ckptd.storage.image import VALUES_NAME
 from ckptd.storage.keys import checkpoint_prefix
+from ckptd.storage.manifest import StoredTensor
 from ckptd.units import show_size
 
 
@@ -20,7 +21,11 @@ def register(verbs: Any) -> None:
     parser.add_argument("step", nargs="?", metavar="STEP", help="the newest one without it")
     parser.add_argument("--store", metavar="PATH", help="look here instead of where the job ran")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    parser.add_argument("--json", action="store_true", help="the manifest, format version 1")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="the manifest, format version 1, with {state_bytes, size_bytes, referred_tensors}",
+    )
     parser.set_defaults(verb=run)
 
 
@@ -29,10 +34,12 @@ def run(options: argparse.Namespace) -> int:
     place = find_job(options.job, options.store)
     chosen = pick(place, step_number(options.step))
     loaded = load_manifest(place.tier, place.job, chosen)
+    tensors = {name: item for name, item in loaded.tensors.items() if name != VALUES_NAME}
+    referred = sum(any(map(loaded.refers, item.chunks)) for item in tensors.values())
     if options.json:
-        show_json(loaded.document)
+        sizes = {"state_bytes": loaded.state_bytes, "size_bytes": loaded.size_bytes, "referred_tensors": referred}
+        show_json({**loaded.document, **sizes})
         return 0
-    tensors = {name: item for name, item in loaded.document["tensors"].items() if name != VALUES_NAME}
     parent = loaded.parent
     began = "afresh" if parent is None else f"with step {parent.step} of generation {parent.generation}"
     show_fields(
@@ -41,8 +48,12 @@ def run(options: argparse.Namespace) -> int:
             ("generation", f"{loaded.id.generation}, which began {began}"),
             ("committed", when(loaded.created_at)),
             ("place", f"{place.tier.url}/{checkpoint_prefix(place.job, chosen)}"),
-            ("size", f"{show_size(loaded.size_bytes)} in {len(loaded.shards)} shards"),
-            ("tensors", len(tensors)),
+            ("state", f"{show_size(loaded.state_bytes)} of {loaded.world_size} ranks"),
+            ("written", f"{show_size(loaded.size_bytes)} in {len(loaded.shards)} shards"),
+            (
+                "tensors",
+                f"{len(tensors)}, of which {referred} lie in files that were written before or by another rank",
+            ),
             ("values", ", ".join(f"{name} {value:g}" for name, value in loaded.values.items()) or "none reported"),
             ("written by", f"ckptd {loaded.document['producer']['ckptd']}"),
         ]
@@ -50,12 +61,16 @@ def run(options: argparse.Namespace) -> int:
     if options.tensors:
         print()
         rows = [
-            (name, item["dtype"] or "differs", _shape(item["shape"]), len(item["chunks"]))
-            for name, item in tensors.items()
+            (name, _dtype(item), _shape(item.shape), item.placement, len(item.chunks)) for name, item in tensors.items()
         ]
-        show_table("TENSOR DTYPE SHAPE CHUNKS>", rows, "no tensor")
+        show_table("TENSOR DTYPE SHAPE OF CHUNKS>", rows, "no tensor")
     return 0
 
 
-def _shape(shape: list[int] | None) -> str:
+def _dtype(tensor: StoredTensor) -> str:
+    dtypes = {chunk.dtype for chunk in tensor.chunks}
+    return dtypes.pop() if len(dtypes) == 1 else "differs"
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
     return "differs" if shape is None else f"[{', '.join(map(str, shape))}]"

@@ -6,11 +6,13 @@ import contextlib
 import os
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ckptd.client.embedded import pick_framework, reach_agent
-from ckptd.client.framework import Framework
+from ckptd.client.framework import Framework, Membership
 from ckptd.client.guard import say
+from ckptd.client.overlap import SETTINGS
 from ckptd.client.run import Run, current_run
 from ckptd.client.session import Session
 from ckptd.errors import AgentError, CkptdError, ConfigError, ProtocolError, StateError
@@ -25,6 +27,8 @@ def attach(
     every: str | float | None = None,
     strict: bool = False,
     rng: bool = True,
+    overlap: str | None = None,
+    replicated: Sequence[str] | None = None,
     **state: Any,
 ) -> Run:
     """Attach this rank's training state to its job, and restore it when there is something to restore.
@@ -34,49 +38,88 @@ def attach(
     generators of Python, NumPy and torch. `job`, `store` and `every` ("30s") matter only where no supervisor has set
     them; they default to the script's name, `$CKPTD_STORE` or a folder below `$CKPTD_HOME`, and 30 s.
 
-    Returns a `Run`, to be used as a context manager. Raises `StateError` for state that can't be captured or does
-    not fit what is restored, `DamagedError` when checkpoints exist and none can be read, and `MemoryBudgetError` when
-    the slots don't fit: all before the first step. An agent that can't be reached costs protection, not the training,
-    unless `strict`.
+    `overlap` says whether parameters and optimizer state are copied beside the next forward and backward: "on", "off"
+    for a copy between two steps, or "auto" (the default, or `$CKPTD_OVERLAP`), which takes what costs this job less.
+    `replicated` are names out of `state` whose tensors are the same on all ranks, so that each rank captures only a
+    share of them. None leaves it to the framework to find what is certainly so (DistributedDataParallel, DTensor);
+    your word is checked while the job runs, by comparing digests across ranks.
+
+    Returns a `Run`, to be used as a context manager. Raises `ConfigError` for arguments that can't be used,
+    `StateError` for state that can't be captured or does not fit what is restored, `DamagedError` when checkpoints
+    exist and none can be read, and `MemoryBudgetError` when the slots don't fit: all before the first step. An agent
+    that can't be reached costs protection, not the training, unless `strict`.
     """
-    return begin(job=job, store=store, every=every, strict=strict, rng=rng).attach(**state)
+    options = Options(job, store, every, strict, rng, overlap, replicated)
+    return begin(options).attach(**state)
 
 
-def begin(*, job: str | None, store: str | None, every: str | float | None, strict: bool, rng: bool) -> Run:
+class Options(NamedTuple):
+    """What a user may say about a run besides its objects: the arguments of `attach`."""
+
+    job: str | None
+    store: str | None
+    every: str | float | None
+    strict: bool
+    rng: bool
+    overlap: str | None
+    replicated: Sequence[str] | None
+
+
+def begin(options: Options) -> Run:
     """Return a run whose objects are still to be attached; `@resumable` hands it to the decorated function."""
     _refuse_a_second_run()
-    run = Run(strict=strict)
+    run = Run(strict=options.strict, overlap=_overlap(options.overlap))
 
     def bind(state: dict[str, Any]) -> None:
         _refuse_a_second_run()
+        replicated = _replicated(options.replicated, state)
+        session: Session | None = None
         try:
-            place = _place(job)
+            place = _place(options.job)
             channel, welcome = reach_agent(endpoint.socket_path(os.environ), may_start=not place.generation)
             session = Session(channel)
+            membership = Membership(place.rank, place.world_size, replicated)
             try:
-                _join(
-                    run,
-                    session,
-                    place,
-                    state,
-                    target=pick_framework(welcome.frameworks),
-                    rng=rng,
-                    store=store,
-                    every=every,
-                )
+                target = pick_framework(welcome.frameworks)
+                _join(run, session, place, state, target=target, membership=membership, options=options)
             except BaseException as error:
                 _give_up(session, place, error)
-                run._unprotect()  # noqa: SLF001 - the same package
+                run._end()  # noqa: SLF001 - the same package
                 raise
         except (AgentError, ProtocolError) as error:
-            if strict:
+            unread = session is not None and session.offer is not None and run.restored is None
+            if options.strict or unread:  # to begin anew beside a checkpoint would be worse than to end
                 raise
             say(f"{error}")
             say("training goes on UNPROTECTED: nothing will be checkpointed")
-            run.state = dict(state)
+            if run.restored is None:
+                run.state = dict(state)
 
     run._bind = bind  # noqa: SLF001 - the same package
     return run
+
+
+def _overlap(wanted: str | None) -> str:
+    where, setting = "overlap", wanted
+    if setting is None:
+        where, setting = "the environment variable CKPTD_OVERLAP", os.environ.get("CKPTD_OVERLAP") or SETTINGS[0]
+    if setting not in SETTINGS:
+        raise ConfigError(f"{where} is {setting!r}", hint=f"it is one of {', '.join(SETTINGS)}")
+    return setting
+
+
+def _replicated(names: Sequence[str] | None, state: Mapping[str, Any]) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise ConfigError(f"replicated is the text {names!r}", hint=f"it is a sequence of names: ({names!r},)")
+    for name in names:
+        if name not in state:
+            raise ConfigError(
+                f"replicated names {name!r}, and nothing of that name is attached",
+                hint=f"attached are {', '.join(map(repr, state)) or 'no objects at all'}",
+            )
+    return tuple(names)
 
 
 def _refuse_a_second_run() -> None:
@@ -114,14 +157,14 @@ def _join(
     state: dict[str, Any],
     *,
     target: str,
-    rng: bool,
-    store: str | None,
-    every: str | float | None,
+    membership: Membership,
+    options: Options,
 ) -> None:
-    binding = load_framework(target).bind(state, rng=rng)
-    binding.prepare()  # what can't be captured is refused now, not an interval into the training
-    options = {} if place.generation else _options(store, every)
-    session.join(m.Join(place.job, place.rank, place.world_size, place.generation, options))
+    binding = load_framework(target).bind(state, rng=options.rng, membership=membership)
+    run._binding = binding  # noqa: SLF001 - the same package, which ends it with the run
+    binding.prepare(0)  # what can't be captured is refused now, not an interval into the training
+    wanted = {} if place.generation else _wishes(options.store, options.every)
+    session.join(m.Join(place.job, place.rank, place.world_size, place.generation, wanted))
     run._begin(session, binding, (place.job, place.rank))  # noqa: SLF001 - the same package
 
 
@@ -149,17 +192,16 @@ def load_framework(target: str) -> Framework:
     return framework
 
 
-def _options(store: str | None, every: str | float | None) -> dict[str, Any]:
+def _wishes(store: str | None, every: str | float | None) -> dict[str, Any]:
     from ckptd.units import parse_duration  # noqa: PLC0415 - only a rank without supervisor needs it
 
     environ = os.environ
     place = store or environ.get("CKPTD_STORE") or os.path.join(endpoint.home(environ), "store")
     interval = every if every is not None else environ.get("CKPTD_EVERY", "30s")
-    options: dict[str, Any] = {
+    return {
         "store": place if "://" in place else os.path.abspath(place),
         "every_s": float(interval) if isinstance(interval, (int, float)) else parse_duration(interval, "every"),
     }
-    return options
 
 
 def _script_name() -> str:

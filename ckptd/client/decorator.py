@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
-from ckptd.client.attach import begin
+from ckptd.client.attach import Options, begin
 from ckptd.client.run import Run
 
 Parameters = ParamSpec("Parameters")
@@ -21,6 +21,8 @@ def resumable(
     every: str | float | None = None,
     strict: bool = False,
     rng: bool = True,
+    overlap: str | None = None,
+    replicated: Sequence[str] | None = None,
 ) -> Callable[[_Training[Parameters, Result]], Callable[Parameters, Result]]:
     """Decorate a training function, which gets a `Run` as its first argument and is called without it.
 
@@ -32,7 +34,7 @@ def resumable(
         @functools.wraps(train)
         def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
             name = job or train.__name__.replace("__", "-").strip("_-") or "train"
-            with begin(job=name, store=store, every=every, strict=strict, rng=rng) as run:
+            with begin(Options(name, store, every, strict, rng, overlap, replicated)) as run:
                 return train(run, *args, **kwargs)
 
         return wrapper

@@ -6,8 +6,49 @@ imports the one whose `trigger` module the user's code has imported. `ckptd_inte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+
+class Membership(NamedTuple):
+    """Which rank this is, of how many, and which of its named objects every rank holds alike.
+
+    `replicated` are names that the user said are the same on all ranks; None leaves it to the framework to find those
+    of which it is sure.
+    """
+
+    rank: int
+    world_size: int
+    replicated: tuple[str, ...] | None = None
+
+
+class OfferedCheckpoint(Protocol):
+    """A checkpoint or snapshot that this rank may begin with."""
+
+    document: Mapping[str, Any]
+    """Its manifest's JSON object (`ckptd.storage.manifest`). Digests are None in one that was not digested yet."""
+    in_memory: bool
+    """Whether its files are slots: shared memory, without the rules of disks."""
+
+    def open(self, files: Sequence[str]) -> Mapping[str, int]:
+        """Return descriptors to read from, by file as the manifest names it; they are closed after the restore."""
+        ...
+
+
+class PendingImage(Protocol):
+    """An image whose rest is copied in the background, from tensors that only an optimizer's step changes."""
+
+    @property
+    def done(self) -> bool:
+        """Whether every byte is there; asking costs microseconds."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until every byte is there and prove that nothing changed underneath; called by the training thread.
+
+        Raises `StateError` naming what was changed; then the image is void. Afterwards nothing refers to the slot.
+        """
+        ...
 
 
 class PreparedImage(Protocol):
@@ -21,7 +62,22 @@ class PreparedImage(Protocol):
     def write(self, slot: memoryview) -> None:
         """Write the complete shard image to the start of `slot`, which is writable and large enough.
 
-        No view of `slot` may outlive the call.
+        No view of `slot` may outlive the call, but for one that keeps page-locked memory mapped until it is unlocked.
+        """
+        ...
+
+    def begin(self, slot: memoryview) -> PendingImage | None:
+        """Write what may change at any time, and begin to copy what only an optimizer's step changes.
+
+        Returns None when the image is complete already. Otherwise no optimizer may step before `finish` of what is
+        returned, and `slot` must stay mapped until then. Raises as `write` does.
+        """
+        ...
+
+    def witness(self) -> Mapping[str, str]:
+        """Return digests of a few replicated tensors, chosen alike by all ranks, to prove that they are the same.
+
+        Empty when nothing is shared out. Called while the tensors still are what was captured.
         """
         ...
 
@@ -31,23 +87,41 @@ class Binding(Protocol):
 
     state: dict[str, Any]
     """The objects by name; `run.state` is this dict, and a value reassigned in it is what the next capture sees."""
+    overlaps_by_default: bool
+    """Whether a background copy is cheaper than one at the boundary as far as one can know (a device's own engine
+    does it), so that there is nothing to measure."""
 
-    def prepare(self) -> PreparedImage:
-        """Collect what has to be captured now; raises `StateError` naming the key and type that can't be."""
+    def prepare(self, step: int, *, whole: bool = False) -> PreparedImage:
+        """Collect what has to be captured at the boundary of `step`.
+
+        With `whole`, replicated tensors are not shared out: this rank's image holds all of them, as its own. Raises
+        `StateError` naming the key and type of what can't be captured.
+        """
         ...
 
-    def restore(self, image: memoryview, digests: Mapping[str, str] | None) -> None:
-        """Fill the bound objects in place from `image`, after checking `digests` when there are any.
+    def before_optimizer_steps(self, wait: Callable[[], None]) -> None:
+        """Have `wait` called before every optimizer's step from now on, on the thread that steps.
 
-        Raises `StateError` that names the tensor and both shapes when the state does not fit, and `DamagedError`
-        when a digest differs; in both cases before anything was changed.
+        It is not called while a device itself orders the step after the copy.
         """
+        ...
+
+    def restore(self, offered: OfferedCheckpoint) -> None:
+        """Fill the bound objects in place from the parts that this rank needs, each checked against its digest.
+
+        Raises `StateError` that names the tensor and both shapes when the state does not fit, before anything was
+        changed, and `DamagedError` when a digest differs: then objects may be filled in part.
+        """
+        ...
+
+    def close(self) -> None:
+        """Undo what binding has changed in the framework."""
         ...
 
 
 class Framework(Protocol):
     """An integration's entry: binds objects."""
 
-    def bind(self, state: Mapping[str, Any], *, rng: bool) -> Binding:
+    def bind(self, state: Mapping[str, Any], *, rng: bool, membership: Membership) -> Binding:
         """Bind the user's named objects; `rng` asks to capture the process's random number generators as well."""
         ...

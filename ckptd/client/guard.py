@@ -25,17 +25,26 @@ def as_ckptd_error(error: BaseException) -> CkptdError:
     return error if isinstance(error, CkptdError) else CkptdError(f"{type(error).__name__}: {error}")
 
 
+def attempt(what: str, work: Callable[..., object], *arguments: Any) -> None:
+    """Call `work`, and only say what it fails with: for the way out, which has to be gone to its end."""
+    try:
+        work(*arguments)
+    except Exception as error:  # noqa: BLE001 - the promise of this module
+        say(f"{what} failed: {as_ckptd_error(error)}")
+
+
 class Guard:
     """Runs ckptd's own work inside training.
 
-    After `FAULTS_BEFORE_OPEN` faults in a row the breaker opens: `on_open` is called once and nothing is tried any
-    more. With `strict`, a fault is raised instead.
+    After `FAULTS_BEFORE_OPEN` faults in a row of one kind of work the breaker opens: `on_open` is called once and
+    nothing is tried any more. Work that returns False had nothing to do, which ends no such row. With `strict`, a fault
+    is raised instead.
     """
 
     def __init__(self, *, strict: bool, on_open: Callable[[], None]) -> None:
         self.strict = strict
         self.open = False
-        self._faults = 0
+        self._faults: dict[str, int] = {}
         self._on_open = on_open
 
     def run(self, what: str, work: Callable[..., Result], *arguments: Any) -> Result | None:
@@ -49,14 +58,15 @@ class Guard:
                 raise
             self._fault(what, error)
             return None
-        self._faults = 0
+        if result is not False:
+            self._faults.pop(what, None)
         return result
 
     def _fault(self, what: str, error: Exception) -> None:
-        self._faults += 1
+        faults = self._faults[what] = self._faults.get(what, 0) + 1
         say(f"{what} failed: {as_ckptd_error(error)}")  # the error itself is not kept: its traceback may hold slots
-        if self._faults >= FAULTS_BEFORE_OPEN:
-            self.trip(f"{self._faults} faults in a row")
+        if faults >= FAULTS_BEFORE_OPEN:
+            self.trip(f"{faults} faults in a row")
 
     def trip(self, why: str) -> None:
         """Open the breaker, because of faults or because trying again is of no use."""

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import mmap
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ckptd.errors import AgentError, CkptdError, ProtocolError
+from ckptd.errors import AgentError, ProtocolError
 from ckptd.protocol import messages as m
 from ckptd.protocol.channel import Channel, expect
 from ckptd.protocol.page import ControlPage
 
 ADMIT_DEADLINE_S = 600.0
-"""Joining waits for the store to be read and for every copy of the shard to be fetched."""
+"""Joining waits for every rank of the job, and for the store to be read."""
 CALL_DEADLINE_S = 60.0
 SEND_DEADLINE_S = 2.0
 LEAVE_DEADLINE_S = 300.0
+MAX_FILES = 64
+"""How many descriptors an answer may carry."""
 
 
 class LentSlot:
@@ -51,6 +54,8 @@ class Session:
         self.slots: dict[int, LentSlot] = {}
         self.generation = 0
         self.offer: Mapping[str, Any] | None = None
+        self.document: Mapping[str, Any] = {}
+        """The manifest of what is offered."""
 
     @property
     def page(self) -> ControlPage:
@@ -60,17 +65,26 @@ class Session:
         return self._page
 
     def join(self, message: m.Join) -> None:
-        """Take the rank's place; afterwards `page`, `generation` and `offer` are known."""
+        """Take the rank's place; afterwards `page`, `generation`, `offer` and its `document` are known."""
         answer = expect(self._channel.call(message, ADMIT_DEADLINE_S), m.Admitted)
-        (descriptor,) = self._channel.take_descriptors(1)
+        self.generation, self.offer = answer.generation, answer.offer
+        descriptors = self._channel.take_descriptors(1 if answer.offer is None else 2)
         try:
-            self._page = ControlPage(descriptor)
+            self._page = ControlPage(descriptors[0])
+            if answer.offer is not None:
+                self.document = _read_document(descriptors[1])
         finally:
-            os.close(descriptor)
+            for descriptor in descriptors:
+                os.close(descriptor)
         if not self._page.valid:
             raise ProtocolError("the agent's control page has another layout than this client knows")
-        self.generation = answer.generation
-        self.offer = answer.offer
+
+    def open(self, files: Sequence[str]) -> list[int]:
+        """Ask for descriptors of files of the offer, `MAX_FILES` at most; the caller closes them."""
+        answer = expect(self._channel.call(m.Open(list(files)), CALL_DEADLINE_S), m.Opened)
+        if answer.files != list(files):
+            raise ProtocolError("the agent opened other files than those that were asked for")
+        return self._channel.take_descriptors(len(files))
 
     def reserve(self, image_bytes: int) -> None:
         """Ask for slots of at least `image_bytes`; slots that are not lent again are unmapped."""
@@ -136,6 +150,11 @@ class Session:
             self._page = None
 
 
-def restore_failed(offer: Mapping[str, Any], error: CkptdError) -> m.RestoreFailed:
-    """Return the message that says why an offer could not be used."""
-    return m.RestoreFailed(int(offer["generation"]), int(offer["step"]), error.to_json())
+def _read_document(descriptor: int) -> dict[str, Any]:
+    try:
+        document = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+    except ValueError as error:
+        raise ProtocolError("the manifest of the offered checkpoint is not JSON") from error
+    if not isinstance(document, dict):
+        raise ProtocolError("the manifest of the offered checkpoint is no JSON object")
+    return document

@@ -27,7 +27,7 @@ class Ending:
     def __init__(self, spec: JobSpec, first_incident: int) -> None:
         self.spec = spec
         self.state = JobState.PENDING
-        self.keeper = Keeper(spec.world_size, spec.every_s, spec.retention)
+        self.keeper = Keeper(spec.world_size, spec.every_s, spec.retention, spec.slots)
         self.generation: Generation | None = None
         self.recovery = Recovery(spec.job, spec.restart, first_incident)
         self._wake_at_s: float | None = None

@@ -33,11 +33,11 @@ class SetupFailed:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A checkpoint was brought from a tier into slots, verified: slot and size by rank."""
+    """A checkpoint on a tier can be offered: its manifest was read, and the files that it names are there."""
 
     source: Source
-    slots: Mapping[int, int]
-    image_bytes: Mapping[int, int]
+    world_size: int
+    """By how many ranks it was captured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +123,8 @@ class RankSealed:
     capture_s: float
     values: Mapping[str, float]
     final: bool
+    witness: Mapping[str, str] = field(default_factory=dict)
+    """Digests of a few tensors of which each rank has captured but a share, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +220,7 @@ class ReadStore:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Bring a checkpoint into slots and verify it; answered by `Fetched` or `FetchFailed`."""
+    """See whether a checkpoint on a tier can be offered; answered by `Fetched` or `FetchFailed`."""
 
     source: Source
 
@@ -241,11 +243,20 @@ class Spawn:
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """Let a rank in; `offer` is the snapshot to restore, `slots` of the book say where it lies."""
+    """Let a rank in; `offer` is what it may restore, from memory or from a tier.
+
+    `whole` tells it from the beginning what `Whole` has told the ranks before it.
+    """
 
     rank: int
     generation: int
     offer: Source | None
+    whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Have every rank capture all of its replicated tensors as its own from now on: they proved to differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,11 +287,12 @@ class Flush:
 
 @dataclass(frozen=True, slots=True)
 class Prune:
-    """Remove checkpoints from a tier."""
+    """Remove checkpoints from a tier, but for the files to which those in `kept` refer."""
 
     ids: tuple[CheckpointId, ...]
     tier: str
     reasons: tuple[str, ...]
+    kept: tuple[CheckpointId, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,5 +335,6 @@ class End:
 
 
 Effect = (
-    ReadStore | Fetch | Claim | Spawn | Admit | Announce | Release | Flush | Prune | Kill | Dismiss | Record | Log | End
-)
+    ReadStore | Fetch | Claim | Spawn | Admit | Whole | Announce | Release | Flush | Prune | Kill | Dismiss | Record
+    | Log | End
+)  # fmt: skip

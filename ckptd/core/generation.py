@@ -16,6 +16,8 @@ class Generation:
     world_size: int
     offer: Source | None
     began_s: float
+    damaged: bool = False
+    """Whether a rank has found its offer damaged."""
     pids: dict[int, int] = field(default_factory=dict)
     joined: set[int] = field(default_factory=set)
     restored: set[int] = field(default_factory=set)

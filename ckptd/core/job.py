@@ -13,13 +13,14 @@ from __future__ import annotations
 import signal
 
 from ckptd.core import events as e
-from ckptd.core.ending import LIVE, Ending
+from ckptd.core.ending import LIVE
 from ckptd.core.events import Effect, Log
 from ckptd.core.generation import Generation
 from ckptd.core.job_spec import JobSpec, Now
 from ckptd.core.job_states import TERMINAL, JobEvent, JobState
-from ckptd.core.restore import MEMORY, Offers, Source, nothing_left
-from ckptd.errors import ConfigError, DamagedError, JobFailedError, MemoryBudgetError
+from ckptd.core.planning import Planning
+from ckptd.core.restore import MEMORY, Source
+from ckptd.errors import DamagedError, JobFailedError
 from ckptd.types import Evidence
 
 __all__ = ["JobMachine", "JobSpec", "Now"]
@@ -27,17 +28,14 @@ __all__ = ["JobMachine", "JobSpec", "Now"]
 _UNPROTECTED_AFTER_S = 30.0
 
 
-class JobMachine(Ending):
+class JobMachine(Planning):
     """Supervises one job. Feed it every input in order; carry out the effects that it returns in order.
 
-    What leads to a terminal state is in `Ending`, all the rest is here.
+    What leads to a terminal state is in `Ending`, the choice of what to begin with in `Planning`, the rest is here.
     """
 
     def __init__(self, spec: JobSpec, first_incident: int = 1) -> None:
         super().__init__(spec, first_incident)
-        self.offers = Offers()
-        self._last_generation = 0
-        self._offer: Source | None = None
         self._waiting: dict[int, int] = {}
         self._warned_unprotected = False
 
@@ -74,8 +72,7 @@ class JobMachine(Ending):
                 self.keeper.found(event.sources)
                 return self._plan(now)
             case e.Fetched():
-                self.keeper.book.adopt(event.source.id, event.slots, event.image_bytes)
-                return self._claim(event.source)
+                return self._fetched(event, now)
             case e.FetchFailed():
                 return self._fetch_failed(event, now)
             case e.Claimed():
@@ -101,46 +98,6 @@ class JobMachine(Ending):
 
     # --- beginning a generation -------------------------------------------------------------------------------
 
-    def begin(self) -> list[Effect]:
-        """Start the job: look what the tiers hold, then begin a generation with the best of it."""
-        self._move(JobEvent.BEGIN)
-        return [e.ReadStore()]
-
-    def _plan(self, now: Now) -> list[Effect]:
-        if self.state is not JobState.PREPARING:
-            return []  # stopped meanwhile
-        for checkpoint in self.offers.refused:  # not before: a rank might still be on its way to it
-            self.keeper.book.refuse(checkpoint)
-        effects = self.keeper.tick(now.s)  # a fetch may need the slots of what was refused
-        try:
-            plan = self.offers.plan(self.keeper.book.newest)
-        except DamagedError as error:
-            return effects + self._give_up(error, now)
-        return [*effects, Log("restore planned", {"reasons": list(plan.reasons)}, level="debug"), *self._next_source()]
-
-    def _next_source(self) -> list[Effect]:
-        source = self.offers.next()
-        return self._claim(source) if source is None or source.tier == MEMORY else [e.Fetch(source)]
-
-    def _claim(self, offer: Source | None) -> list[Effect]:
-        if self.state is not JobState.PREPARING:
-            return []  # stopped meanwhile
-        self._offer = offer
-        return [e.Claim(self._last_generation + 1, None if offer is None else offer.id)]
-
-    def _fetch_failed(self, event: e.FetchFailed, now: Now) -> list[Effect]:
-        if self.state is not JobState.PREPARING:
-            return []
-        if isinstance(event.error, (MemoryBudgetError, ConfigError)):
-            return self._setup_failed(event.error, now)
-        self.offers.drop(event.source)
-        fields = {"step": event.source.id.step, "tier": event.source.tier, "error": event.error.message}
-        effects: list[Effect] = [Log("checkpoint damaged", fields, level="error")]
-        source = self.offers.next()
-        if source is None:
-            return effects + self._give_up(nothing_left([event.error.message]), now)
-        return [*effects, *(self._claim(source) if source.tier == MEMORY else [e.Fetch(source)])]
-
     def _claimed(self, event: e.Claimed, now: Now) -> list[Effect]:
         if self.state is not JobState.PREPARING:
             return []
@@ -153,6 +110,8 @@ class JobMachine(Ending):
         fields: dict[str, object] = {"generation": event.generation}
         if offer is not None:
             fields |= {"restore_step": offer.id.step, "restore_tier": offer.tier}
+        if self._offer_world_size != self.spec.world_size:
+            fields["restore_world_size"] = self._offer_world_size
         effects: list[Effect] = [Log("generation started", fields), *self.recovery.begins(offer, now.s)]
         if self.spec.supervised:
             effects.append(e.Spawn(event.generation, self.recovery.restarts))
@@ -174,7 +133,7 @@ class JobMachine(Ending):
         generation.joined.add(event.rank)
         generation.pids.setdefault(event.rank, event.pid)  # a supervised rank may join from a child of its process
         generation.steps[event.rank] = generation.first_step
-        effects: list[Effect] = [e.Admit(event.rank, generation.number, generation.offer)]
+        effects: list[Effect] = [e.Admit(event.rank, generation.number, generation.offer, self.keeper.book.whole)]
         if generation.offer is None:
             generation.restored.add(event.rank)
         if generation.all_in(generation.joined):
@@ -222,8 +181,8 @@ class JobMachine(Ending):
 
     def _sealed(self, event: e.RankSealed, now: Now) -> list[Effect]:
         generation = self.generation
-        if generation is None or event.rank not in generation.joined:
-            return []
+        if generation is None or event.rank not in generation.restored:
+            return []  # what is complete has been restored by all: see core.snapshots
         generation.steps[event.rank] = max(event.step, generation.steps[event.rank])
         return self.keeper.sealed(event, now.s, training=self.state in (*LIVE, JobState.STOPPING))
 
@@ -243,10 +202,13 @@ class JobMachine(Ending):
         if isinstance(event, e.FlushFailed):
             effects = self.keeper.on_flush_failed(event, now.s)
         else:
-            usable = not (self.keeper.book.snapshots[event.id].refused or event.id in self.offers.refused)
+            damaged = Source(event.id, MEMORY) in self.offers.refused
+            usable = not (damaged or self.keeper.book.snapshots[event.id].refused)
             effects = self.keeper.on_committed(event, now.s, usable=usable)
             if usable:
                 self.offers.committed(Source(event.id, event.tier), self.keeper.committed)
+            elif damaged:
+                self.offers.refused.add(Source(event.id, event.tier))  # written from what was damaged already
             effects += self.recovery.committed(event.id)
         if self.state is JobState.DRAINING:
             return effects + self._drain(now)
@@ -317,7 +279,8 @@ class JobMachine(Ending):
         return []
 
     def _decide(self, now: Now) -> list[Effect]:
-        decision, effects = self.recovery.decide(now.s)
+        damaged = self.generation is not None and self.generation.damaged
+        decision, effects = self.recovery.decide(now.s, damaged=damaged)
         if not decision.restart:
             error = self.recovery.refusal or JobFailedError(decision.verdict or "the job has failed")
             return effects + self._give_up(error, now)
@@ -333,10 +296,15 @@ class JobMachine(Ending):
         return effects + self._plan(now)
 
     def _restore_failed(self, event: e.RestoreFailed) -> list[Effect]:
-        fields = {"rank": event.rank, "step": event.id.step, "error": str(event.error)}
-        if isinstance(event.error, DamagedError):
-            self.offers.refused.add(event.id)
-        return [Log("restore failed", fields, level="error")]
+        generation = self.generation
+        offer = None if generation is None else generation.offer
+        fields: dict[str, object] = {"rank": event.rank, "step": event.id.step}
+        if generation is not None and offer is not None and offer.id == event.id:
+            fields["tier"] = offer.tier
+            if isinstance(event.error, DamagedError):
+                self.offers.refused.add(offer)
+                generation.damaged = True
+        return [Log("restore failed", fields | {"error": str(event.error)}, level="error")]
 
     def _restart_wanted(self, event: e.RestartWanted, now: Now) -> list[Effect]:
         if self.state not in LIVE or self.generation is None or not self.generation.pids:

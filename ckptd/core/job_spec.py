@@ -18,11 +18,15 @@ class Now(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """What the machine needs to know of a job. `supervised` means that the agent starts and kills the ranks."""
+    """What the machine needs to know of a job.
+
+    `supervised` means that the agent starts and kills the ranks; `slots` is how many each of them has.
+    """
 
     job: str
     world_size: int
     every_s: float
     supervised: bool = True
+    slots: int = 2
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
     restart: RestartPolicy = field(default_factory=RestartPolicy)

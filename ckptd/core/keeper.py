@@ -20,16 +20,21 @@ from ckptd.core.events import (
     Prune,
     RankSealed,
     Release,
+    Whole,
 )
 from ckptd.core.policy import retention
 from ckptd.core.restore import Source
-from ckptd.core.snapshots import Snapshot, SnapshotBook, SnapshotEvent, SnapshotState
+from ckptd.core.snapshots import SealedShard, Snapshot, SnapshotBook, SnapshotEvent, SnapshotState
 from ckptd.types import CheckpointId
 
 _FLUSH_RETRY_MAX_S = 60.0
 _TAKEN = frozenset({"self", "event", "level", "timestamp", "job", "exc_info", "exception", "stack", "stack_info"})
 """What a log line calls its own: a metric of that name is in the manifest only."""
 FINAL_FLUSH_TRIES = 4
+_DIFFER_HINT = (
+    "from now on each rank captures its own copy; synchronise it, or leave it out of `replicated`:"
+    " see ckptd/client/README.md"
+)
 
 
 @dataclass(slots=True)
@@ -46,8 +51,10 @@ class Counters:
 class Keeper:
     """Keeps the checkpoints of one job. Every method returns the effects to carry out, in order."""
 
-    def __init__(self, world_size: int, every_s: float, policy: retention.RetentionPolicy) -> None:
-        self.book = SnapshotBook(world_size)
+    def __init__(
+        self, world_size: int, every_s: float, policy: retention.RetentionPolicy, slots_per_rank: int = 2
+    ) -> None:
+        self.book = SnapshotBook(world_size, slots_per_rank)
         self.every_s = every_s
         self.policy = policy
         self.cadence = Cadence(every_s, 0.0)
@@ -104,17 +111,22 @@ class Keeper:
         if not may_capture or self.announced:
             return []
         decision = self.cadence.decide(now_s, slots_free=self.book.can_capture())
+        released: list[Effect] = []
+        if decision.step is not None or self._wished:  # who has no step left asks, and waits for a slot
+            self.book.make_room()
+            released = self._release()  # before the step is announced: a rank may be there at once
         if decision.step is not None:
             snapshot = self.book.announce(CheckpointId(self.generation, decision.step), now_s)
             if self._wished:
                 self._wished, self._answer = False, snapshot.id
             self.cadence.captured(now_s)
-            return [Announce(decision.step), Log("capture announced", {"step": decision.step}, level="debug")]
+            log = Log("capture announced", {"step": decision.step}, level="debug")
+            return [*released, Announce(decision.step), log]
         if decision.reason == "all slots are busy" and not self._wished:
             self.counters.skipped += 1
             self.cadence.captured(now_s)
             return [Log("checkpoint skipped", {"reason": "every slot is still being flushed"}, level="warning")]
-        return []
+        return released
 
     def sealed(self, event: RankSealed, now_s: float, *, training: bool = True) -> list[Effect]:
         """Take in a rank's seal; the last rank's makes the snapshot complete and starts its flush.
@@ -128,12 +140,32 @@ class Keeper:
             beyond = [item for item in self.book.unsealed if item.id.step > event.step]
             effects += self._abandon(beyond, "training ended before it")
             self.book.announce(checkpoint, now_s)
-        snapshot = self.book.seal(checkpoint, (event.rank, event.slot), event.image_bytes, event.values, now_s=now_s)
+        shard = SealedShard(event.slot, event.image_bytes, event.values, event.witness)
+        snapshot = self.book.seal(checkpoint, event.rank, shard, now_s=now_s)
         snapshot.capture_s = max(snapshot.capture_s, event.capture_s)
         if snapshot.state is SnapshotState.SEALED:
             self.cadence.met()
             effects.append(Announce(None))
+        elif snapshot.state is SnapshotState.DISPUTED:
+            effects += self._disputed(snapshot, now_s)
         return effects + self._settle(now_s)
+
+    def _disputed(self, snapshot: Snapshot, now_s: float) -> list[Effect]:
+        """Say which tensors differ, and have the next snapshot at once, in which no rank relies on another."""
+        self.counters.abandoned += 1
+        self._wished = self._wished or snapshot.id == self._answer
+        self.cadence.hurry(now_s)
+        effects: list[Effect] = [Announce(None)]
+        for tensor, ranks in snapshot.differing.items():
+            fields = {"tensor": tensor, "ranks": list(ranks), "step": snapshot.id.step, "hint": _DIFFER_HINT}
+            effects.append(Log("replicas differ", fields, level="error"))
+        if not snapshot.differing:
+            fields = {"step": snapshot.id.step, "reason": "some ranks did not know yet that replicas differ"}
+            effects.append(Log("snapshot abandoned", fields))
+        if not self.book.whole:
+            self.book.whole = True
+            effects.append(Whole())
+        return effects
 
     def missed(self, event: CaptureMissed, now_s: float) -> list[Effect]:
         """Give up a step that a rank could not capture."""
@@ -172,12 +204,16 @@ class Keeper:
         unflushed = self.book.unflushed
         if unflushed is not None and self.book.flushing is None and now_s >= self._retry_flush_at_s:
             unflushed.move(SnapshotEvent.FLUSH)
-            effects.append(self._flush(unflushed))
-        return effects + [Release(rank, slot) for rank, slot in self.book.release()]
+            effects.append(self.order_of(unflushed))
+        return effects + self._release()
 
-    def _flush(self, snapshot: Snapshot) -> Flush:
+    def _release(self) -> list[Effect]:
+        return [Release(rank, slot) for rank, slot in self.book.release()]
+
+    def order_of(self, snapshot: Snapshot) -> Flush:
+        """Return what there is to know of a complete snapshot, as the order to flush it."""
         parent = self._parents.get(snapshot.id.generation)
-        return Flush(snapshot.id, parent, dict(snapshot.slots), dict(snapshot.image_bytes), dict(snapshot.values))
+        return Flush(snapshot.id, parent, snapshot.slots, snapshot.image_bytes, snapshot.values)
 
     def tick(self, now_s: float) -> list[Effect]:
         """Retry a flush that failed, when its time has come."""
@@ -213,8 +249,9 @@ class Keeper:
         removed = [verdict for verdict in verdicts if not verdict.keep]
         if not removed:
             return []
-        self.committed[tier] = [verdict.id for verdict in verdicts if verdict.keep]
-        return [Prune(tuple(verdict.id for verdict in removed), tier, tuple(verdict.reason for verdict in removed))]
+        kept = self.committed[tier] = [verdict.id for verdict in verdicts if verdict.keep]
+        reasons = tuple(verdict.reason for verdict in removed)
+        return [Prune(tuple(verdict.id for verdict in removed), tier, reasons, tuple(kept))]
 
     def on_flush_failed(self, event: FlushFailed, now_s: float) -> list[Effect]:
         """Keep the snapshot in memory and try again later, a newer one first if there is one by then."""

@@ -72,9 +72,18 @@ class Recovery:
             ours = evidence.signal == signal.SIGKILL
             self.incident.add_consequence(f"ckptd ended rank {evidence.rank}" if ours else evidence.summary)
 
-    def decide(self, now_s: float) -> tuple[RestartDecision, list[Effect]]:
-        """Decide what follows, now that no rank of the generation is left."""
-        if self._on_purpose:
+    def decide(self, now_s: float, *, damaged: bool = False) -> tuple[RestartDecision, list[Effect]]:
+        """Decide what follows, now that no rank of the generation is left.
+
+        With `damaged` it failed because its offer was: that is not held against the script, and can't go on for ever,
+        since there is one copy less to try each time.
+        """
+        if damaged:
+            if not self._on_purpose:
+                self._failures.pop()
+            self.refusal = None
+            decision = RestartDecision(restart=True, delay_s=0.0, reasons=("a damaged copy is not offered again",))
+        elif self._on_purpose:
             decision = RestartDecision(restart=True, delay_s=0.0, reasons=("somebody asked for it",))
         else:
             decision = decide(self._failures, self.policy)

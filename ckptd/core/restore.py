@@ -19,6 +19,9 @@ class Source:
     id: CheckpointId
     tier: str
 
+    def __str__(self) -> str:
+        return f"{self.id} {'in' if self.tier == MEMORY else 'on'} {self.tier}"
+
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
@@ -36,38 +39,42 @@ class RestorePlan:
 def plan_restore(
     newest: Snapshot | None,
     stored: Iterable[Source],
-    refused: Collection[CheckpointId],
+    refused: Collection[Source],
     at_most_step: int | None = None,
 ) -> RestorePlan:
     """Return the sources for the next generation.
 
     `newest` is the newest snapshot complete in memory, `stored` the lineage's checkpoints on tiers, best first.
-    `refused` were found damaged or failed to restore: they are never offered again. `at_most_step` asks for an
-    older step on purpose.
+    `refused` are copies that were found damaged: they are never offered again, while other copies of the same
+    checkpoint are. `at_most_step` asks for an older step on purpose.
     """
     sources: list[Source] = []
     reasons: list[str] = []
     if newest is not None and newest.complete:
-        if newest.id in refused:
-            reasons.append(f"{newest.id} in memory failed to restore before")
+        if Source(newest.id, MEMORY) in refused:
+            reasons.append(_failed(Source(newest.id, MEMORY)))
         elif at_most_step is not None and newest.id.step > at_most_step:
             reasons.append(f"{newest.id} in memory is newer than the step asked for, {at_most_step}")
         else:
             sources.append(Source(newest.id, MEMORY))
     for source in stored:
-        if source.id in refused:
-            reasons.append(f"{source.id} on {source.tier} failed to restore before")
+        if source in refused:
+            reasons.append(_failed(source))
         elif at_most_step is not None and source.id.step > at_most_step:
-            reasons.append(f"{source.id} on {source.tier} is newer than the step asked for, {at_most_step}")
+            reasons.append(f"{source} is newer than the step asked for, {at_most_step}")
         else:
             sources.append(source)
     # Stable: within one step memory stays before disk, and disk before the object store.
     sources.sort(key=lambda source: source.id, reverse=True)
     if sources:
-        reasons.append(f"{sources[0].id} on {sources[0].tier} is the newest complete one")
-    else:
+        reasons.append(f"{sources[0]} is the newest complete one")
+    elif not reasons:
         reasons.append("there is no checkpoint of this job")
     return RestorePlan(tuple(sources), tuple(reasons))
+
+
+def _failed(source: Source) -> str:
+    return f"{source} failed to restore before"
 
 
 class Offers:
@@ -75,7 +82,7 @@ class Offers:
 
     def __init__(self) -> None:
         self.stored: list[Source] = []
-        self.refused: set[CheckpointId] = set()
+        self.refused: set[Source] = set()
         self.at_most_step: int | None = None
         self._untried: list[Source] = []
 
@@ -83,18 +90,21 @@ class Offers:
         """Plan anew; raises `DamagedError` when there were checkpoints once and none can be offered any more."""
         plan = plan_restore(newest, self.stored, self.refused, self.at_most_step)
         if plan.fresh and (self.stored or self.refused):
-            raise nothing_left(plan.reasons)
+            failed = [_failed(source) for source in sorted(self.refused, key=lambda source: source.id, reverse=True)]
+            raise nothing_left(dict.fromkeys(failed + list(plan.reasons if self.stored else ())))
         self._untried = list(plan.sources)
         return plan
 
     def next(self) -> Source | None:
         """Return the best source not tried yet, None when there is none."""
-        return self._untried.pop(0) if self._untried else None
+        left = [source for source in self._untried if source not in self.refused]
+        self._untried = left[1:]
+        return left[0] if left else None
 
     def reach(self, step: int, complete: Iterable[Snapshot]) -> bool:
         """Whether there is anything to offer that is no newer than `step`."""
-        known = {snapshot.id for snapshot in complete} | {source.id for source in self.stored}
-        return any(checkpoint.step <= step for checkpoint in known - self.refused)
+        known = {Source(snapshot.id, MEMORY) for snapshot in complete}.union(self.stored)
+        return any(source.id.step <= step for source in known - self.refused)
 
     def drop(self, source: Source) -> None:
         """Forget a copy that is damaged; other copies of the same checkpoint stay."""

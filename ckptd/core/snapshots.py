@@ -2,14 +2,22 @@
 
 A snapshot is announced for a future step, sealed rank by rank, flushed once every rank has sealed, and committed when
 its manifest stands on a tier. Two rules keep a restart possible at any instant: the newest complete snapshot is never
-released, and neither is one that a flush is reading.
+released, and neither is one that a flush is reading. With one slot per rank the first can't hold: there the newest is
+given up for the next capture, but only once it is on a tier.
+
+The first rule is also what keeps an offer whole. A generation that begins with a snapshot in memory reads the slots of
+all ranks, and a rank may come late, while others train. Only a newer complete snapshot lets the offered one go, and to
+be complete it must have been sealed by every rank, each of which restored before. Nor is it given up before: captures
+are announced only when every rank has finished a step. So nobody writes a slot from which somebody still restores.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from ckptd.core.table import TransitionTable
 from ckptd.errors import invariant
@@ -23,6 +31,7 @@ class SnapshotState(Enum):
     SEALED = "sealed"
     FLUSHING = "flushing"
     COMMITTED = "committed"
+    DISPUTED = "disputed"
     VOID = "void"
     SUPERSEDED = "superseded"
 
@@ -31,11 +40,13 @@ class SnapshotEvent(Enum):
     """What can happen to a snapshot."""
 
     ALL_SEALED = "all ranks sealed"
+    RANKS_DIFFER = "ranks differ"
     ABANDON = "abandon"
     FLUSH = "flush"
     COMMIT = "commit"
     FLUSH_FAILED = "flush failed"
     SUPERSEDE = "a newer one is complete"
+    GIVE_UP = "its slots are needed"
 
 
 SNAPSHOT_TABLE: TransitionTable[SnapshotState, SnapshotEvent] = TransitionTable(
@@ -43,6 +54,7 @@ SNAPSHOT_TABLE: TransitionTable[SnapshotState, SnapshotEvent] = TransitionTable(
     {
         SnapshotState.ANNOUNCED: {
             SnapshotEvent.ALL_SEALED: SnapshotState.SEALED,
+            SnapshotEvent.RANKS_DIFFER: SnapshotState.DISPUTED,
             SnapshotEvent.ABANDON: SnapshotState.VOID,
         },
         SnapshotState.SEALED: {
@@ -53,7 +65,11 @@ SNAPSHOT_TABLE: TransitionTable[SnapshotState, SnapshotEvent] = TransitionTable(
             SnapshotEvent.COMMIT: SnapshotState.COMMITTED,
             SnapshotEvent.FLUSH_FAILED: SnapshotState.SEALED,
         },
-        SnapshotState.COMMITTED: {SnapshotEvent.SUPERSEDE: SnapshotState.SUPERSEDED},
+        SnapshotState.COMMITTED: {
+            SnapshotEvent.SUPERSEDE: SnapshotState.SUPERSEDED,
+            SnapshotEvent.GIVE_UP: SnapshotState.SUPERSEDED,
+        },
+        SnapshotState.DISPUTED: {},
         SnapshotState.VOID: {},
         SnapshotState.SUPERSEDED: {},
     },
@@ -63,16 +79,23 @@ Slot = tuple[int, int]
 """Rank and slot number."""
 
 
+class SealedShard(NamedTuple):
+    """One rank's part of a snapshot: where it lies, the metrics that the rank reported, and its witness."""
+
+    slot: int
+    image_bytes: int
+    reported: Mapping[str, float]
+    witness: Mapping[str, str]
+
+
 @dataclass(slots=True)
 class Snapshot:
-    """One step's state in memory. `slots`, `image_bytes` and `reported`, the metrics, are by rank."""
+    """One step's state in memory; `shards` are by rank."""
 
     id: CheckpointId
     announced_at_s: float
     state: SnapshotState = SnapshotState.ANNOUNCED
-    slots: dict[int, int] = field(default_factory=dict)
-    image_bytes: dict[int, int] = field(default_factory=dict)
-    reported: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    shards: dict[int, SealedShard] = field(default_factory=dict)
     capture_s: float = 0.0
     """The longest capture among its ranks: what training paid for it."""
     sealed_at_s: float | None = None
@@ -85,10 +108,39 @@ class Snapshot:
         self.state = SNAPSHOT_TABLE.next(self.state, event)
 
     @property
+    def slots(self) -> dict[int, int]:
+        """Where it lies: a slot of each rank that has sealed."""
+        return {rank: shard.slot for rank, shard in self.shards.items()}
+
+    @property
+    def image_bytes(self) -> dict[int, int]:
+        """How much of its slot each shard takes, by rank."""
+        return {rank: shard.image_bytes for rank, shard in self.shards.items()}
+
+    @property
     def values(self) -> dict[str, float]:
         """The metrics of all ranks; of one that several report, the lowest rank's."""
-        ranks = sorted(self.reported, reverse=True)
-        return {name: value for rank in ranks for name, value in self.reported[rank].items()}
+        ranks = sorted(self.shards, reverse=True)
+        return {name: value for rank in ranks for name, value in self.shards[rank].reported.items()}
+
+    @property
+    def shared_out(self) -> bool:
+        """Whether any rank has captured but its share of replicated tensors."""
+        return any(shard.witness for shard in self.shards.values())
+
+    @property
+    def differing(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors in the witnesses, those that are not the same on all ranks, and which ranks are alone."""
+        digests: dict[str, dict[int, str]] = {}
+        for rank in sorted(self.shards):
+            for name, digest in self.shards[rank].witness.items():
+                digests.setdefault(name, {})[rank] = digest
+        odd: dict[str, tuple[int, ...]] = {}
+        for name, by_rank in sorted(digests.items()):
+            usual, count = Counter(by_rank.values()).most_common(1)[0]  # of a tie, the lowest rank's
+            if count < len(by_rank):
+                odd[name] = tuple(rank for rank, digest in by_rank.items() if digest != usual)
+        return odd
 
     @property
     def complete(self) -> bool:
@@ -103,8 +155,11 @@ class Snapshot:
 class SnapshotBook:
     """All snapshots in the memory of one job, and what each lent slot holds."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, slots_per_rank: int = 2) -> None:
         self.world_size = world_size
+        self.slots_per_rank = slots_per_rank
+        self.whole = False
+        """Whether replicated tensors proved to differ: then a snapshot counts only if no rank has shared them out."""
         self.snapshots: dict[CheckpointId, Snapshot] = {}
         self._lent: dict[int, tuple[int, ...]] = dict.fromkeys(range(world_size), ())
         self._holds: dict[Slot, CheckpointId] = {}
@@ -120,31 +175,18 @@ class SnapshotBook:
         self.snapshots[checkpoint] = snapshot
         return snapshot
 
-    def seal(
-        self, checkpoint: CheckpointId, place: Slot, image_bytes: int, values: Mapping[str, float], *, now_s: float
-    ) -> Snapshot:
-        """Note that a rank has sealed its shard; the snapshot is complete with the last rank's."""
-        rank, slot = place
-        self._holds[place] = checkpoint
+    def seal(self, checkpoint: CheckpointId, rank: int, shard: SealedShard, *, now_s: float) -> Snapshot:
+        """Note that a rank has sealed its shard; the snapshot is complete with the last rank's, unless they differ."""
+        self._holds[(rank, shard.slot)] = checkpoint
         snapshot = self.snapshots.get(checkpoint)
         if snapshot is None or snapshot.state is not SnapshotState.ANNOUNCED:
             # Abandoned meanwhile: the slot is released with the next release().
             return snapshot or Snapshot(checkpoint, now_s, SnapshotState.VOID)
-        snapshot.slots[rank] = slot
-        snapshot.image_bytes[rank] = image_bytes
-        snapshot.reported[rank] = values
-        if len(snapshot.slots) == self.world_size:
-            snapshot.move(SnapshotEvent.ALL_SEALED)
+        snapshot.shards[rank] = shard
+        if len(snapshot.shards) == self.world_size:
+            differs = snapshot.differing or (self.whole and snapshot.shared_out)
+            snapshot.move(SnapshotEvent.RANKS_DIFFER if differs else SnapshotEvent.ALL_SEALED)
             snapshot.sealed_at_s = now_s
-        return snapshot
-
-    def adopt(self, checkpoint: CheckpointId, slots: Mapping[int, int], image_bytes: Mapping[int, int]) -> Snapshot:
-        """Take in a checkpoint that was fetched from a tier into slots: complete, and committed already."""
-        invariant(checkpoint not in self.snapshots, f"{checkpoint} was fetched though it is in memory")
-        snapshot = Snapshot(checkpoint, 0.0, SnapshotState.COMMITTED, dict(slots), dict(image_bytes))
-        self.snapshots[checkpoint] = snapshot
-        for rank, slot in slots.items():
-            self._holds[(rank, slot)] = checkpoint
         return snapshot
 
     def refuse(self, checkpoint: CheckpointId) -> None:
@@ -185,8 +227,26 @@ class SnapshotBook:
         return newest if newest is not None and newest.state is SnapshotState.SEALED else None
 
     def can_capture(self) -> bool:
-        """Whether every rank has a slot that holds nothing needed."""
-        return all(any((rank, slot) not in self._holds for slot in self._lent[rank]) for rank in range(self.world_size))
+        """Whether every rank has a slot that holds nothing needed, or has it after `make_room`."""
+        return self._has_room() or (self._expendable is not None and self._has_room(self._expendable.id))
+
+    def make_room(self) -> None:
+        """Give up what `can_capture` counts upon; its slots come back with release()."""
+        if not self._has_room() and self._expendable is not None:
+            self._expendable.move(SnapshotEvent.GIVE_UP)
+
+    def _has_room(self, without: CheckpointId | None = None) -> bool:
+        return all(
+            any(self._holds.get((rank, slot)) in (None, without) for slot in self._lent[rank])
+            for rank in range(self.world_size)
+        )
+
+    @property
+    def _expendable(self) -> Snapshot | None:
+        """The newest snapshot, where there is one slot for it and the next, once a restart can begin on a tier."""
+        newest = self.newest
+        committed = newest is not None and newest.state is SnapshotState.COMMITTED
+        return newest if committed and self.slots_per_rank == 1 else None
 
     def held(self, rank: int) -> dict[int, CheckpointId]:
         """Return what a rank's slots hold, by slot number."""
@@ -196,7 +256,7 @@ class SnapshotBook:
         """Return the slots that nobody needs any more, and forget what they held."""
         newest = self.newest
         for snapshot in list(self.snapshots.values()):
-            done = snapshot.state in (SnapshotState.VOID, SnapshotState.SUPERSEDED)
+            done = snapshot.state in (SnapshotState.VOID, SnapshotState.DISPUTED, SnapshotState.SUPERSEDED)
             done = done or (snapshot.refused and snapshot.state is not SnapshotState.FLUSHING)
             older = newest is not None and snapshot.id < newest.id
             if older and SNAPSHOT_TABLE.allows(snapshot.state, SnapshotEvent.SUPERSEDE):

@@ -27,10 +27,11 @@ from ckptd.launcher.command import plan_command
 from ckptd.log import get_logger
 from ckptd.plugin.manager import PluginManager
 from ckptd.protocol import messages as m
+from ckptd.storage.pacing import be_nice
 
 _STORAGE_THREADS = 4
 _ANSWER_S = 2.0
-_ANSWERED = (m.Join, m.Reserve, m.Leave, m.Status, m.Submit, m.Control)
+_ANSWERED = (m.Join, m.Reserve, m.Open, m.Leave, m.Status, m.Submit, m.Control)
 CRASHED = 70
 """The exit code of an agent that met a bug of its own."""
 
@@ -54,7 +55,7 @@ class Agent:
             journal=self.journal,
             coordinator=EmbeddedCoordinator(config.home),
             budget=Budget(config.memory_max_bytes),
-            pool=ThreadPoolExecutor(_STORAGE_THREADS, thread_name_prefix="ckptd-storage"),
+            pool=ThreadPoolExecutor(_STORAGE_THREADS, thread_name_prefix="ckptd-flush", initializer=be_nice),
             socket=str(config.socket),
             pid=os.getpid(),
             logger=self._log,

@@ -1,8 +1,9 @@
 """The arena: the memory that an agent reserves and lends to the ranks of one job.
 
-A slot is a memfd. Its pages are reserved with `posix_fallocate` before it is lent, so that a lack of memory is a
-refused request here and not SIGBUS in the middle of training; the descriptor survives every rank and dies with the
-agent, so nothing can leak. Slots have small numbers that are unique within a rank.
+A slot is a file in memory. Its pages are reserved and cleared before it is lent, so that a lack of memory is a refused
+request here and not SIGBUS in the middle of training; the descriptor survives every rank and dies with the agent, so
+nothing can leak. Slots have small numbers that are unique within a rank. Their size follows the layout of the state;
+they are lent again as they are for as long as that fits, smaller states included.
 """
 
 from __future__ import annotations
@@ -11,19 +12,17 @@ import contextlib
 import mmap
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptd.errors import AgentError, MemoryBudgetError, invariant
+from ckptd.daemon import region
+from ckptd.errors import AgentError, MemoryBudgetError
 from ckptd.protocol.page import MAX_SLOTS, PAGE_BYTES, ControlPage
 from ckptd.storage.image import round_up
 from ckptd.units import show_size
 
 _MARGIN_BYTES = 256 * 2**20
-_GRAIN_BYTES = 2**20
-_PIECE_BYTES = 64 * 2**20
-"""How much is reserved at once. So much, and no more, is counted twice for each rank that is reserving."""
 
 
 @dataclass(slots=True)
@@ -58,14 +57,14 @@ class Budget:
         self._unsettled_bytes = 0
         self._lock = threading.Lock()
 
-    def take(self, size_bytes: int, wanted: str) -> None:
+    def take(self, size_bytes: int, wanted: str, advice: str = "") -> None:
         """Book memory that is about to be reserved; raises `MemoryBudgetError` when there is too little.
 
-        `wanted` says what for. Until `settled` the kernel's own figures don't show it yet, so that ranks which ask
-        at the same time can't all be promised the same memory.
+        `wanted` says what for, `advice` how to need less. Until `settled` the kernel's own figures don't show it yet,
+        so it is counted here: ranks which ask at the same time can't all be promised the same memory.
         """
         with self._lock:
-            self._check(size_bytes, wanted)
+            self._check(size_bytes, wanted, advice)
             self.used_bytes += size_bytes
             self._unsettled_bytes += size_bytes
 
@@ -79,19 +78,19 @@ class Budget:
         with self._lock:
             self.used_bytes -= size_bytes
 
-    def _check(self, size_bytes: int, wanted: str) -> None:
+    def _check(self, size_bytes: int, wanted: str, advice: str) -> None:
         if self.memory_max_bytes and self.used_bytes + size_bytes > self.memory_max_bytes:
             raise MemoryBudgetError(
                 f"not enough memory for slots: {wanted} need {show_size(size_bytes)} ({size_bytes} bytes),"
                 f" {show_size(self.memory_max_bytes - self.used_bytes)} of memory_max are left",
-                hint="raise CKPTD_MEMORY_MAX",
+                hint="raise CKPTD_MEMORY_MAX" + advice,
             )
         free_bytes = max(0, available_bytes(self._root) - self._unsettled_bytes)
         if size_bytes + _MARGIN_BYTES > free_bytes:
             raise MemoryBudgetError(
                 f"not enough memory for slots: {wanted} need {show_size(size_bytes)} ({size_bytes} bytes),"
                 f" {show_size(free_bytes)} are available and {show_size(_MARGIN_BYTES)} of them stay free",
-                hint="free some memory or use a smaller model: each rank needs two slots of its state's size",
+                hint="free some memory" + advice,
             )
 
 
@@ -110,8 +109,8 @@ class Arena:
         """Return a rank's slots by number."""
         return self._slots.get(rank, {})
 
-    def reserve(self, rank: int, size_bytes: int, held: Collection[int], count: int | None = None) -> list[int]:
-        """Make sure that a rank has `count` slots of at least `size_bytes`, and return their numbers.
+    def reserve(self, rank: int, size_bytes: int, held: Collection[int]) -> list[int]:
+        """Make sure that a rank has its slots, of at least `size_bytes`, and return their numbers.
 
         Slots in `held` keep what they hold and are lent again if large enough; too small ones that hold nothing are
         given back first. Slow (the kernel clears the pages), so it runs in a thread; raises `MemoryBudgetError`.
@@ -122,13 +121,23 @@ class Arena:
                 if slot.size_bytes < size_bytes and number not in held:
                     self._drop(rank, number)
             good = [number for number, slot in mine.items() if slot.size_bytes >= size_bytes]
-        missing = (self._slots_per_rank if count is None else count) - len(good)
+        missing = self._slots_per_rank - len(good)
         if missing > 0:
             # A little room to grow, so that a longer log or an extra parameter group needs no new slots.
-            each = round_up(size_bytes + size_bytes // 32, _GRAIN_BYTES)
-            self._budget.take(each * missing, f"{missing} slots of rank {rank} of job {self._job}")
+            each = round_up(size_bytes + size_bytes // 32, region.HUGE_BYTES)
+            self._budget.take(
+                each * missing, f"{missing} slot{'s' * (missing > 1)} of rank {rank} of job {self._job}", self._advice()
+            )
             good += self._add(rank, each, missing)
         return sorted(good)
+
+    def _advice(self) -> str:
+        if self._slots_per_rank == 1:
+            return " or use a smaller model: each rank needs a slot of its state's size"
+        return (
+            f", or use `--slots 1`: each rank has {self._slots_per_rank} slots of its state's size, and with one there"
+            " is no snapshot in memory while the next is captured"
+        )
 
     def _add(self, rank: int, size_bytes: int, count: int) -> list[int]:
         """Make slots that are booked; what can't be made is given back."""
@@ -142,15 +151,14 @@ class Arena:
 
         try:
             while len(numbers) < count:
-                region = _region(f"ckptd-{self._job}-r{rank}", size_bytes, settle)
-                numbers.append(self._keep(rank, region))
+                made = region.make(f"ckptd-{self._job}-r{rank}", size_bytes, settle)
+                numbers.append(self._keep(rank, *made))
         finally:
             self._budget.settled(size_bytes * count - settled_bytes)
             self._budget.give(size_bytes * (count - len(numbers)))
         return numbers
 
-    def _keep(self, rank: int, region: tuple[int, mmap.mmap]) -> int:
-        descriptor, mapped = region
+    def _keep(self, rank: int, descriptor: int, mapped: mmap.mmap) -> int:
         with self._lock:
             if not self._closed:
                 mine = self._slots[rank]
@@ -177,31 +185,11 @@ class Arena:
 
 def make_page(job: str, rank: int, held: Collection[int]) -> tuple[int, ControlPage]:
     """Make a rank's control page; slots in `held` begin as sealed. Returns the descriptor to lend, and the page."""
-    descriptor, mapped = _region(f"ckptd-{job}-r{rank}-page", PAGE_BYTES)
+    descriptor, mapped = region.make(f"ckptd-{job}-r{rank}-page", PAGE_BYTES)
     mapped.close()
     page = ControlPage(descriptor)
     page.format(held)
     return descriptor, page
-
-
-def _region(name: str, size_bytes: int, settle: Callable[[int], None] = lambda _: None) -> tuple[int, mmap.mmap]:
-    """Return a memory region whose pages are there, mapped; `settle` is told of each piece."""
-    invariant(size_bytes % PAGE_BYTES == 0, "a memory region is a whole number of pages")
-    descriptor = -1
-    try:
-        descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
-        for at in range(0, size_bytes, _PIECE_BYTES):
-            piece_bytes = min(_PIECE_BYTES, size_bytes - at)
-            os.posix_fallocate(descriptor, at, piece_bytes)
-            settle(piece_bytes)
-        return descriptor, mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED)
-    except OSError as error:
-        if descriptor >= 0:
-            os.close(descriptor)
-        raise MemoryBudgetError(
-            f"not enough memory for slots: the kernel refused {show_size(size_bytes)} ({size_bytes} bytes): "
-            f"{error.strerror}"
-        ) from error
 
 
 def available_bytes(root: Path = Path("/")) -> int:

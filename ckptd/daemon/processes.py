@@ -134,6 +134,7 @@ class Processes:
                 generation=generation,
                 restarts=restarts,
                 max_restarts=self._config.max_restarts,
+                overlap=self._config.overlap,
             )
             self._launcher.send(Spawn(rank, env, str(out), str(err)))
 

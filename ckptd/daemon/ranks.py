@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from ckptd.core.events import Admit
-from ckptd.core.snapshots import Snapshot
+from ckptd.core.restore import MEMORY
 from ckptd.daemon.arena import Slot, make_page
+from ckptd.daemon.offers import Offer, close_all
 from ckptd.daemon.server import Peer
 from ckptd.errors import CkptdError
-from ckptd.protocol.messages import Admitted, Done, Lent
+from ckptd.protocol.messages import Admitted, Done, Lent, Opened
 from ckptd.protocol.page import ControlPage, Word
 from ckptd.types import Evidence, RaisedException
 
 
-def offer_of(order: Admit, snapshot: Snapshot, digests: Mapping[str, str] | None) -> dict[str, Any] | None:
-    """Return what `Admitted` says of the snapshot that a rank may begin with."""
-    if order.offer is None:
-        return None
-    return {
-        "generation": order.offer.id.generation,
-        "step": order.offer.id.step,
-        "tier": order.offer.tier,
-        "slot": snapshot.slots[order.rank],
-        "image_bytes": snapshot.image_bytes[order.rank],
-        "digests": digests,
-    }
+def offer_of(offer: Offer) -> dict[str, Any]:
+    """Return what `Admitted` says of what a rank may begin with."""
+    source = offer.source
+    return {**source.id._asdict(), "tier": source.tier, "in_memory": source.tier == MEMORY}
 
 
 class Rank:
@@ -40,24 +32,41 @@ class Rank:
         self.peer = peer
         self.page: ControlPage | None = None
         self.lent: tuple[int, ...] = ()
-        self.offered_slot: int | None = None
         self.waits_for_slots = False
         self.leaving = False
         self.left = False
         self.exception: RaisedException | None = None
+        self._page_descriptor: int | None = None
         self._pidfd: int | None = None
 
-    def admit(self, generation: int, held: Mapping[int, object], offer: dict[str, Any] | None) -> None:
-        """Let the rank in: lend its control page and tell it what to restore."""
-        descriptor, self.page = make_page(self.job, self.rank, tuple(held))
-        self.offered_slot = None if offer is None else int(offer["slot"])
-        self.peer.send(Admitted(generation, offer), (descriptor,))
-        os.close(descriptor)
+    def place(self, held: Collection[int], *, whole: bool) -> None:
+        """Give the rank its control page, on which slots in `held` are in use; it is lent when the rank is let in."""
+        self._page_descriptor, self.page = make_page(self.job, self.rank, held)
+        if whole:
+            self.capture_whole()
+
+    def admit(self, generation: int, offer: Offer | None) -> None:
+        """Let the rank in, unless it is gone: lend its control page and what it may restore."""
+        if self._page_descriptor is None:
+            return
+        descriptors = [self._page_descriptor]
+        self._page_descriptor = None
+        try:
+            if offer is not None:
+                descriptors.append(offer.manifest())
+            self.peer.send(Admitted(generation, None if offer is None else offer_of(offer)), tuple(descriptors))
+        finally:
+            close_all(descriptors)
+
+    def lend_files(self, files: Sequence[str], descriptors: Sequence[int]) -> None:
+        """Lend files of what is offered, and close the agent's descriptors of them."""
+        try:
+            self.peer.send(Opened(list(files)), tuple(descriptors))
+        finally:
+            close_all(descriptors)
 
     def lend(self, slots: Mapping[int, Slot], numbers: list[int]) -> None:
-        """Lend the numbered slots, and the one that holds the rank's offer."""
-        if self.offered_slot is not None and self.offered_slot in slots:
-            numbers = sorted({*numbers, self.offered_slot})
+        """Lend the numbered slots."""
         self.lent = tuple(numbers)
         size = min((slots[number].size_bytes for number in numbers), default=0)
         self.peer.send(Lent(numbers, size), tuple(slots[number].descriptor for number in numbers))
@@ -66,6 +75,11 @@ class Rank:
         """Write the step to capture next."""
         if self.page is not None:
             self.page.announce(step)
+
+    def capture_whole(self) -> None:
+        """Have the rank capture all replicated tensors as its own."""
+        if self.page is not None:
+            self.page.words[Word.WHOLE] = 1
 
     def release(self, slot: int) -> None:
         """Let the rank write a slot again."""
@@ -128,3 +142,6 @@ class Rank:
         if self.page is not None:
             self.page.close()
             self.page = None
+        if self._page_descriptor is not None:
+            os.close(self._page_descriptor)
+            self._page_descriptor = None

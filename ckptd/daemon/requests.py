@@ -16,6 +16,8 @@ from ckptd.protocol import messages as m
 from ckptd.types import CheckpointId, RaisedException
 
 _STOP_GRACE_S = 60.0
+_MAX_FILES = 64
+"""How many descriptors an answer may carry besides the two of an admission: the kernel takes 253 at once."""
 
 
 def from_rank(job: Supervisor, rank: Rank, message: m.Message) -> None:
@@ -26,6 +28,10 @@ def from_rank(job: Supervisor, rank: Rank, message: m.Message) -> None:
             if message.image_bytes <= 0:
                 raise ProtocolError(f"rank {number} asks for slots of {message.image_bytes} bytes")
             job.reserve(rank, message.image_bytes)
+        case m.Open():
+            if len(message.files) > _MAX_FILES:
+                raise ProtocolError(f"rank {number} asks for {len(message.files)} files, of at most {_MAX_FILES}")
+            job.open(rank, message.files)
         case m.Restored():
             job.feed(e.RankRestored(number, message.seconds))
         case m.RestoreFailed():
@@ -58,6 +64,7 @@ def _sealed(rank: Rank, message: m.Seal) -> e.RankSealed:
         message.seconds,
         message.values,
         message.final,
+        message.witness,
     )
 
 

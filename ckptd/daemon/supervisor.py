@@ -9,33 +9,36 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from ckptd.config import JobConfig
-from ckptd.coordination.coordinator import Coordinator, next_generation
+from ckptd.coordination.coordinator import Coordinator
 from ckptd.core import events as e
 from ckptd.core.job import JobMachine, JobSpec, Now
 from ckptd.core.job_states import TERMINAL, JobState
 from ckptd.core.policy.restart import RestartPolicy
 from ckptd.core.policy.retention import RetentionPolicy
-from ckptd.core.restore import Source
-from ckptd.daemon import storage_work
+from ckptd.core.restore import MEMORY, Source
 from ckptd.daemon.arena import Arena, Budget
+from ckptd.daemon.checkpoints import Checkpoints
+from ckptd.daemon.job_store import JobStore
 from ckptd.daemon.processes import Processes
-from ckptd.daemon.ranks import Rank, offer_of
+from ckptd.daemon.ranks import Rank
 from ckptd.daemon.status import show
-from ckptd.errors import AgentError, CkptdError, FencedError, unreachable
+from ckptd.errors import AgentError, CkptdError, DamagedError, StateError, unreachable
 from ckptd.journal import Journal, entry_now
 from ckptd.log import Logger
+from ckptd.storage.pacing import Pacer
 from ckptd.storage.tier import Tier
-from ckptd.types import CheckpointId, RaisedException
+from ckptd.types import RaisedException
 
 TICK_S = 0.05
 _JOURNAL_EVERY_S = 1.0
 _DISCONNECT_GRACE_S = 2.0
+_ONE_SLOT = "from the announcement of a capture until it is sealed, a restart has to read the disk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,9 @@ class Supervisor:
         self._services = services
         self._log = services.logger.bind(job=config.name)
         self._arena = Arena(config.name, services.budget, config.slots)
-        self._digests: dict[tuple[CheckpointId, int], dict[str, str]] = {}
+        pace = Pacer(config.flush_max_bytes_per_s) if config.flush_max_bytes_per_s else None
+        store = JobStore(tier, config.name, services.pool, reuse=config.reuse_unchanged, pace=pace)
+        self._checkpoints = Checkpoints(config.name, store, services.coordinator, self._arena)
         self._inputs: deque[e.Input] = deque()
         self._busy = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -75,11 +80,14 @@ class Supervisor:
             config.nproc,
             config.every_s,
             supervised=config.supervised,
+            slots=config.slots,
             retention=RetentionPolicy(config.keep_last),
             restart=RestartPolicy(config.max_restarts),
         )
         self.machine = JobMachine(spec, services.journal.next_incident(config.name))
         self._log.info("job started", nproc=config.nproc, every_s=config.every_s, store=tier.url)
+        if config.slots == 1:
+            self._log.warning("one slot per rank", risk=_ONE_SLOT, hint="slots = 2 keeps one snapshot in memory always")
         if processes is not None:
             processes.start(self._from_processes)
             self._carry_out(self.machine.begin())
@@ -95,8 +103,10 @@ class Supervisor:
         self._busy = True
         try:
             while self._inputs:
-                now = Now(time.monotonic(), time.time())
-                self._carry_out(self.machine.handle(self._inputs.popleft(), now))
+                now, event = Now(time.monotonic(), time.time()), self._inputs.popleft()
+                self._carry_out(self.machine.handle(event, now))
+                if isinstance(event, e.RankRestored):
+                    self._restored()
         finally:
             self._busy = False
 
@@ -164,6 +174,9 @@ class Supervisor:
                 self.write_down()
             case e.Admit():
                 self._admit(effect)
+            case e.Whole():
+                for rank in self.ranks.values():
+                    rank.capture_whole()
             case e.Dismiss():
                 if effect.rank in self.ranks:
                     self.ranks[effect.rank].dismiss()
@@ -176,14 +189,16 @@ class Supervisor:
                 for rank in (*self.ranks.values(), *self._arrived.values()):
                     rank.close()
                 self.ranks, self._arrived = {}, {}
+                if self.machine.generation is not None and self.machine.generation.offer is not None:
+                    self._prepare(effect.generation, self.machine.generation.offer)  # while the ranks begin
                 if self.processes is not None:
                     self.processes.spawn(effect.generation, effect.restarts)
             case e.ReadStore():
-                self._spawn_task(self._answer(self._read_store()))
+                self._spawn_task(self._answer(self._checkpoints.read()))
             case e.Claim():
-                self._spawn_task(self._answer(self._claim(effect)))
+                self._spawn_task(self._answer(self._checkpoints.claim(effect)))
             case e.Fetch():
-                self._spawn_task(self._fetch(effect.source))
+                self._spawn_task(self._answer(self._checkpoints.check(effect.source)))
             case e.Prune():
                 self._spawn_task(self._prune(effect))
             case e.End():
@@ -210,62 +225,12 @@ class Supervisor:
         except CkptdError as error:
             self.feed(e.SetupFailed(error))
 
-    async def _read_store(self) -> e.Input:
-        return await asyncio.to_thread(storage_work.read_store, self.tier, self.config.name)
-
-    async def _claim(self, order: e.Claim) -> e.Input:
-        number = order.at_least
-        for _ in range(100):
-            number = await asyncio.to_thread(next_generation, self._services.coordinator, self.config.name, number)
-            if await asyncio.to_thread(storage_work.claim, self.tier, self.config.name, number, order.parent):
-                return e.Claimed(number)
-        raise FencedError(f"somebody else claims every generation of job {self.config.name}", hint="stop the other one")
-
-    async def _fetch(self, source: Source) -> None:
-        name, world_size = self.config.name, self.config.nproc
-        try:
-            loaded = await asyncio.to_thread(storage_work.load_manifest, self.tier, name, source.id, world_size)
-            slots = {shard.rank: await self._free_slot(shard.rank, shard.size_bytes) for shard in loaded.shards}
-            places = {rank: self._arena.slots(rank)[slot].view for rank, slot in slots.items()}
-            await asyncio.to_thread(storage_work.fetch, self.tier, name, loaded, places, self._services.pool)
-        except CkptdError as error:
-            self.feed(e.FetchFailed(source, error))
-            return
-        sizes = {shard.rank: shard.size_bytes for shard in loaded.shards}
-        for shard in loaded.shards:
-            self._digests[(source.id, shard.rank)] = dict(shard.tensor_digests)
-        self.feed(e.Fetched(source, slots, sizes))
-
-    async def _free_slot(self, rank: int, size_bytes: int) -> int:
-        """Return a slot that holds nothing, making one if every slot is held."""
-        held = self.machine.keeper.book.held(rank)
-        numbers = await asyncio.to_thread(self._arena.reserve, rank, size_bytes, held)
-        free = [number for number in numbers if number not in held]
-        if not free:
-            numbers = await asyncio.to_thread(self._arena.reserve, rank, size_bytes, held, len(numbers) + 1)
-            free = [number for number in numbers if number not in held]
-        return free[0]
-
     async def _flush(self, order: e.Flush) -> None:
-        images = {
-            rank: self._arena.slots(rank)[slot].view[: order.image_bytes[rank]] for rank, slot in order.slots.items()
-        }
-        try:
-            result = await asyncio.to_thread(
-                storage_work.flush, self.tier, self.config.name, order, images, self._services.pool
-            )
-        except CkptdError as error:
-            self.feed(e.FlushFailed(order.id, error))
-            return
-        alive = self.machine.keeper.book.snapshots
-        self._digests = {key: value for key, value in self._digests.items() if key[0] in alive}
-        for rank, digests in result.digests.items():
-            self._digests[(order.id, rank)] = dict(digests)
-        self.feed(e.Committed(order.id, self.tier.name, result.size_bytes, result.seconds))
+        self.feed(await self._checkpoints.flush(order, self.machine.keeper.book.snapshots))
         self.write_down()
 
     async def _prune(self, order: e.Prune) -> None:
-        error = await asyncio.to_thread(storage_work.prune, self.tier, self.config.name, order.ids)
+        error = await self._checkpoints.prune(order)
         if error is not None:
             self._log.warning("prune failed", error=str(error))
         self._log.debug("checkpoint pruned", steps=[item.step for item in order.ids], reasons=list(order.reasons))
@@ -324,14 +289,47 @@ class Supervisor:
 
     def _admit(self, order: e.Admit) -> None:
         rank = self.ranks[order.rank] = self._arrived.pop(order.rank)
-        held = self.machine.keeper.book.held(order.rank)
-        rank.admit(order.generation, held, self._offer(order))
-
-    def _offer(self, order: e.Admit) -> dict[str, Any] | None:
+        rank.place(self.machine.keeper.book.held(order.rank), whole=order.whole)
         if order.offer is None:
-            return None
-        snapshot = self.machine.keeper.book.snapshots[order.offer.id]
-        return offer_of(order, snapshot, self._digests.get((order.offer.id, order.rank)))
+            rank.admit(order.generation, None)
+        else:
+            self._prepare(order.generation, order.offer)
+            self._spawn_task(self._offer(rank, order.generation, order.offer))
+
+    def _prepare(self, generation: int, source: Source) -> None:
+        keeper = self.machine.keeper
+        in_memory = source.tier == MEMORY
+        snapshot = keeper.order_of(keeper.book.snapshots[source.id]) if in_memory else None
+        self._checkpoints.prepare(generation, source, snapshot)
+
+    async def _offer(self, rank: Rank, generation: int, source: Source) -> None:
+        """Let a rank in once its offer is ready. One that can't be made ready is damaged as far as a restart goes."""
+        try:
+            rank.admit(generation, await self._checkpoints.offer(generation))
+        except (DamagedError, StateError) as error:
+            damage = DamagedError(f"{source} can't be offered: {error.message}", hint=error.hint)
+            self.feed(e.RestoreFailed(rank.rank, source.id, damage))
+            rank.refuse(damage)
+        except CkptdError as error:
+            rank.refuse(error)
+
+    def open(self, rank: Rank, files: Sequence[str]) -> None:
+        """Lend an admitted rank files of what it is offered."""
+        generation = self.machine.generation
+        if generation is None or self.ranks.get(rank.rank) is not rank:
+            raise AgentError(f"rank {rank.rank} of job {self.config.name} is not offered anything")
+        self._spawn_task(self._open(rank, generation.number, files))
+
+    async def _open(self, rank: Rank, generation: int, files: Sequence[str]) -> None:
+        try:
+            rank.lend_files(files, await self._checkpoints.open(generation, files))
+        except CkptdError as error:
+            rank.refuse(error)
+
+    def _restored(self) -> None:
+        generation = self.machine.generation
+        if generation is not None and generation.all_in(generation.restored):
+            self._checkpoints.withdraw()
 
     def reserve(self, rank: Rank, image_bytes: int) -> None:
         """Lend a rank slots that are large enough."""
@@ -394,5 +392,6 @@ class Supervisor:
         for rank in (*self.ranks.values(), *self._arrived.values()):
             rank.close()
         await asyncio.gather(*others, return_exceptions=True)
+        self._checkpoints.withdraw()
         await asyncio.to_thread(self._arena.close)
         self.ended.set_result(end)

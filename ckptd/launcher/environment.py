@@ -34,6 +34,7 @@ def rank_env(
     generation: int,
     restarts: int,
     max_restarts: int,
+    overlap: str = "auto",
     group_rank: int = 0,
     group_world_size: int = 1,
 ) -> dict[str, str]:
@@ -61,6 +62,7 @@ def rank_env(
         "CKPTD_SOCKET": socket_path,
         "CKPTD_JOB": job,
         "CKPTD_GENERATION": str(generation),
+        "CKPTD_OVERLAP": overlap,
     }
 
 

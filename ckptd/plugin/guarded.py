@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
 
-from ckptd.storage.tier import Buffer, Capabilities, Entry, Tier
+from ckptd.storage.tier import Capabilities, Data, Entry, Pace, Tier
 
 Result = TypeVar("Result")
 
@@ -28,9 +28,9 @@ class GuardedTier:
         self.url = tier.url
         self.capabilities: Capabilities = tier.capabilities
 
-    def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
+    def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         """Keep `data` under `key`."""
-        self._call(f"put {key}", self._tier.put, key, data, create_only=create_only)
+        self._call(f"put {key}", self._tier.put, key, data, create_only=create_only, pace=pace)
 
     def get(self, key: str) -> bytes:
         """Return a small object whole."""
@@ -43,6 +43,10 @@ class GuardedTier:
     def read_into(self, key: str, offset: int, into: memoryview) -> None:
         """Fill all of `into` from `offset` of an object."""
         self._call(f"read {key}", self._tier.read_into, key, offset, into)
+
+    def open(self, key: str) -> int:
+        """Return a read-only descriptor of an object's bytes."""
+        return self._call(f"open {key}", self._tier.open, key)
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Yield every object whose key starts with `prefix`; the listing is drawn at once, to catch its faults."""

@@ -112,6 +112,12 @@ class Reserve(Message):
     image_bytes: int
 
 
+class Open(Message):
+    """A rank asks for descriptors of the offered checkpoint's `files`, named as in its manifest; at most 64."""
+
+    files: list[str]
+
+
 class Restored(Message):
     """A rank has put the offered snapshot into its objects."""
 
@@ -138,7 +144,8 @@ class Stepped(Message):
 class Seal(Message):
     """A rank has written a complete shard image of `step` into `slot`; it won't touch that slot until released.
 
-    The image describes itself (a safetensors header), so the tensor table needs no message.
+    The image describes itself (a safetensors header), so the tensor table needs no message. `witness` are digests of
+    a few replicated tensors by name, which have to be the same on all ranks.
     """
 
     step: int
@@ -147,6 +154,7 @@ class Seal(Message):
     seconds: float
     values: dict[str, float] = {}  # noqa: RUF012 - copied for each instance
     final: bool = False
+    witness: dict[str, str] = {}  # noqa: RUF012 - copied for each instance
 
 
 class Missed(Message):
@@ -182,14 +190,20 @@ class Raised(Message):
 
 
 class Admitted(Message):
-    """A place in the job; one descriptor comes along: the control page.
+    """A place in the job; its control page comes along.
 
-    `offer` is None for a fresh start, else {"generation", "step", "tier", "slot", "image_bytes", "digests"}: a
-    sealed snapshot in one of the slots that `Lent` brings. `digests` maps tensor names to xxh3-128 in hex.
+    `offer` is None for a fresh start, else {"generation", "step", "tier", "in_memory"}; then a second descriptor holds
+    the manifest of what is offered (`ckptd.storage.manifest`), whose files the rank may `Open`.
     """
 
     generation: int
     offer: dict[str, Any] | None = None
+
+
+class Opened(Message):
+    """The files that a rank asked for, one descriptor each in the same order."""
+
+    files: list[str]
 
 
 class Lent(Message):

@@ -25,6 +25,7 @@ class Word(IntEnum):
     MAGIC = 0  # agent
     VERSION = 1  # agent
     CAPTURE_STEP = 2  # agent: capture at the boundary of this step
+    WHOLE = 3  # agent: 1 when replicated tensors proved to differ, so that each rank has to capture its own
     STEP = 8  # rank: last finished step
     BEAT_NS = 9  # rank: monotonic time of the last boundary
     PHASE = 10  # rank: a Phase

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptd.errors import CkptdError, DamagedError, NotFoundError
 from ckptd.storage import image, keys, manifest
-from ckptd.storage.digest import StreamDigest, digest, shard_digest
-from ckptd.storage.manifest import Manifest, Shard, ShardContent
+from ckptd.storage.digest import TensorDigest, digest, of_leaves, shard_digest, tensor_digest
+from ckptd.storage.manifest import Chunk, Manifest, ShardContent
+from ckptd.storage.ranges import RangeReader, leaves
 from ckptd.storage.tier import Tier
 from ckptd.types import CheckpointId
-
-_VERIFY_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +35,37 @@ def holdings(tier: Tier, job: str) -> Holdings:
         if generation is not None:
             parents[generation] = _read_parent(tier, entry.key)
     return Holdings(parents, tuple(sorted(committed)))
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The keys of a job on a tier, read by what they are."""
+
+    generations: frozenset[int]
+    """Those that somebody has claimed."""
+    committed: frozenset[CheckpointId]
+    files: Mapping[str, CheckpointId]
+    """Every other file of a checkpoint, seen from the job's folder, with the checkpoint in whose folder it lies."""
+
+
+def listing(tier: Tier, job: str) -> Listing:
+    """List a job on a tier; nothing is read."""
+    generations: set[int] = set()
+    committed: set[CheckpointId] = set()
+    files: dict[str, CheckpointId] = {}
+    for entry in tier.list(f"{job}/"):
+        generation, manifest_of, lies_in = (
+            keys.parse_generation_key(entry.key),
+            keys.parse_manifest_key(entry.key),
+            keys.parse_folder(entry.key),
+        )
+        if generation is not None:
+            generations.add(generation)
+        elif manifest_of is not None:
+            committed.add(manifest_of)
+        elif lies_in is not None:
+            files[entry.key.removeprefix(f"{job}/")] = lies_in
+    return Listing(frozenset(generations), frozenset(committed), files)
 
 
 def jobs(tier: Tier) -> list[str]:
@@ -78,86 +108,71 @@ def load_manifest(tier: Tier, job: str, checkpoint: CheckpointId) -> Manifest:
 def describe_shard(rank: int, data: memoryview) -> ShardContent:
     """Digest every tensor of an image and of the whole; raises `DamagedError` when it is no complete image."""
     layout = image.parse(data)
-    digests = {span.name: digest(data[span.begin : span.end]) for span in layout.spans}
-    return ShardContent(rank, layout, shard_digest(layout.header, digests.values()), digests)
-
-
-def fetch_shard(tier: Tier, job: str, loaded: Manifest, rank: int, into: memoryview) -> None:
-    """Read a rank's shard to the start of `into` and check it against the manifest; raises `DamagedError`."""
-    shard = loaded.shards[rank]
-    key = keys.shard_key(job, loaded.id, rank)
-    size = tier.size_bytes(key)
-    if size != shard.size_bytes:
-        raise DamagedError(f"{tier.url}/{key} has {size} bytes, the manifest says {shard.size_bytes}")
-    place = into[: shard.size_bytes]
-    tier.read_into(key, 0, place)
-    try:
-        content = describe_shard(rank, place)
-    except DamagedError as error:
-        raise DamagedError(f"{tier.url}/{key}: {error.message}") from error
-    for problem in compare(shard, content.digest, content.tensor_digests):
-        raise DamagedError(f"{tier.url}/{key}: {problem}")
-
-
-def compare(shard: Shard, found_digest: str, found: Mapping[str, str]) -> Iterator[str]:
-    """Yield what differs between a shard's manifest entry and the digests found."""
-    same = True
-    for name, wanted in shard.tensor_digests.items():
-        if found.get(name) == wanted:
-            continue
-        same = False
-        yield f"tensor {name!r} is " + ("not what was committed (its digest differs)" if name in found else "missing")
-    if same and found_digest != shard.digest:
-        yield "its header is not what was committed (its digest differs)"
+    digests = {span.name: tensor_digest(data[span.begin : span.end]) for span in layout.spans}
+    whole = shard_digest(layout.header, [found.value for found in digests.values()])
+    return ShardContent(rank, layout, layout.image_bytes, whole, digests)
 
 
 def verify(tier: Tier, job: str, checkpoint: CheckpointId) -> list[str]:
     """Check a checkpoint completely and return every problem in words; an empty list means that it is intact.
 
-    Reads in blocks, so the memory needed does not depend on the size of a shard.
+    Its own files are checked to the last byte, and in the files of other checkpoints everything that it refers to.
+    Each is read once, in blocks, so the memory needed does not depend on the size of anything.
     """
     try:
         loaded = load_manifest(tier, job, checkpoint)
     except CkptdError as error:
         return [error.message]
+    needed: dict[str, list[tuple[Chunk, str]]] = {shard.file: [] for shard in loaded.shards}
+    for tensor in loaded.tensors.values():
+        for chunk in tensor.chunks:
+            needed.setdefault(chunk.file, []).append((chunk, tensor.name))
     problems: list[str] = []
-    for shard in loaded.shards:
-        key = keys.shard_key(job, checkpoint, shard.rank)
+    for file, chunks in needed.items():
+        chunks.sort(key=lambda item: (item[0].begin, item[0].end))
         try:
-            problems += [f"{shard.file}: {problem}" for problem in _verify_shard(tier, key, shard)]
+            problems += [f"{file}: {problem}" for problem in _verify_file(tier, f"{job}/{file}", loaded, chunks)]
         except NotFoundError:
-            problems.append(f"{shard.file}: the file is missing")
+            problems.append(f"{file}: the file is missing, and {_count(chunks)} in it")
         except CkptdError as error:
-            problems.append(f"{shard.file}: {error.message}")
+            problems.append(f"{file}: {error.message}")
     return problems
 
 
-def _verify_shard(tier: Tier, key: str, shard: Shard) -> Iterator[str]:
-    size = tier.size_bytes(key)
-    if size != shard.size_bytes:
-        yield f"{size} bytes where the manifest says {shard.size_bytes}"
-        return
-    start = bytearray(8)
-    tier.read_into(key, 0, memoryview(start))
-    header = bytearray(min(image.header_bytes(bytes(start)), size))
-    tier.read_into(key, 0, memoryview(header))
-    layout = image.parse_header(bytes(header), size)
-    block = memoryview(bytearray(_VERIFY_BYTES))
-    found = {span.name: _digest_range(tier, key, span.begin, span.end, block) for span in layout.spans}
-    yield from compare(shard, shard_digest(layout.header, found.values()), found)
+def _count(chunks: Sequence[tuple[Chunk, str]]) -> str:
+    names = sorted({name for _, name in chunks if name != image.VALUES_NAME})
+    return f"{len(names)} tensors" if len(names) != 1 else f"tensor {names[0]!r}"
 
 
-def _digest_range(tier: Tier, key: str, begin: int, end: int, block: memoryview) -> str:
-    state = StreamDigest()
-    for at in range(begin, end, len(block)):
-        part = block[: min(len(block), end - at)]
-        tier.read_into(key, at, part)
-        state.update(part)
-    return state.hexdigest()
+def _verify_file(tier: Tier, key: str, loaded: Manifest, chunks: Sequence[tuple[Chunk, str]]) -> Iterator[str]:
+    reader = RangeReader(tier, key)
+    shard = next((shard for shard in loaded.shards if key.endswith(f"/{shard.file}")), None)
+    if shard is not None:
+        if reader.size_bytes != shard.size_bytes:
+            yield f"{reader.size_bytes} bytes where the manifest says {shard.size_bytes}"
+            return
+        own = [chunk for chunk, _ in chunks if chunk.shard == shard.rank]
+        header_bytes = own[0].begin if own else shard.size_bytes
+        if not _lie_side_by_side(own, shard.size_bytes):
+            yield "the manifest does not say what all its bytes are"
+        elif shard_digest(_read(reader, header_bytes), [chunk.digest or "" for chunk in own]) != shard.digest:
+            yield "its header is not what was committed (its digest differs)"
+    for chunk, name in chunks:
+        if chunk.end > reader.size_bytes:
+            yield f"{reader.size_bytes} bytes, which is too short for tensor {name!r}"
+        elif _digest(reader, chunk) != (chunk.digest, chunk.leaves):
+            yield f"tensor {name!r} is not what was committed (its digest differs)"
 
 
-def delete(tier: Tier, job: str, checkpoint: CheckpointId) -> None:
-    """Remove a checkpoint: its manifest first, so that it is uncommitted before its first byte goes."""
-    tier.delete(keys.manifest_key(job, checkpoint))
-    for entry in list(tier.list(keys.checkpoint_prefix(job, checkpoint))):
-        tier.delete(entry.key)
+def _lie_side_by_side(own: Sequence[Chunk], end: int) -> bool:
+    begins = [chunk.begin for chunk in own]
+    return bool(own) and [chunk.end for chunk in own] == [*begins[1:], end]
+
+
+def _read(reader: RangeReader, size: int) -> bytes:
+    step = image.BLOCK_BYTES
+    return b"".join(bytes(reader.read(at, min(at + step, size))) for at in range(0, size, step))
+
+
+def _digest(reader: RangeReader, chunk: Chunk) -> TensorDigest:
+    return of_leaves(digest(reader.read(begin, end)) for begin, end, _ in leaves(chunk))

@@ -2,19 +2,28 @@
 
 xxh3-128 reads memory at 12 GB/s where SHA-256 reads 1.5, and notices every damage that happens by accident. It is no
 defence against a forger; who can write the store can write the manifest too.
+
+A tensor longer than `LEAF_BYTES` is digested in leaves of that size, counted from its first byte, and its digest is
+that of its leaves' digests one after another (16 bytes each). So several threads can share one large tensor, and a
+restore that needs a part of it reads and checks the leaves it touches and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import xxhash
 
 DIGEST_NAME = "xxh3-128"
+LEAF_BYTES = 4 * 2**20
 
 
-StreamDigest = xxhash.xxh3_128
-"""The same digest, fed piece by piece: `update(bytes)`, then `hexdigest()`."""
+class TensorDigest(NamedTuple):
+    """The digest of a tensor's bytes; `leaves` is empty when the tensor is one leaf, whose digest is `value`."""
+
+    value: str
+    leaves: tuple[str, ...] = ()
 
 
 def digest(data: memoryview | bytes) -> str:
@@ -22,12 +31,27 @@ def digest(data: memoryview | bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+def combine(digests: Iterable[str], start: bytes = b"") -> str:
+    """Return the digest of `start` and the digests that follow it."""
+    return xxhash.xxh3_128_hexdigest(start + bytes.fromhex("".join(digests)))
+
+
+def of_leaves(leaves: Iterable[str]) -> TensorDigest:
+    """Return the digest of a tensor from those of its leaves, at least one."""
+    leaves = tuple(leaves)
+    return TensorDigest(leaves[0]) if len(leaves) == 1 else TensorDigest(combine(leaves), leaves)
+
+
+def tensor_digest(data: memoryview) -> TensorDigest:
+    """Return the digest of a tensor's bytes, contiguous and of format "B"."""
+    if len(data) <= LEAF_BYTES:
+        return TensorDigest(digest(data))
+    return of_leaves(digest(data[at : at + LEAF_BYTES]) for at in range(0, len(data), LEAF_BYTES))
+
+
 def shard_digest(header: bytes, tensor_digests: Iterable[str]) -> str:
     """Return the digest of a whole shard: of its header and its tensors' digests in file order.
 
     Header and tensors cover the file without holes, so this covers every byte and costs no second pass over them.
     """
-    state = xxhash.xxh3_128(header)
-    for part in tensor_digests:
-        state.update(bytes.fromhex(part))
-    return state.hexdigest()
+    return combine(tensor_digests, header)

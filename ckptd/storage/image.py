@@ -8,6 +8,9 @@ Layout, all offsets in bytes from the start of the file:
     ...              `VALUES_NAME`: everything that is no tensor, as a length-prefixed blob in a U8 tensor whose
                      size is chosen so that the file ends on a 4 KiB boundary
 
+An entry that is a part of a tensor of the whole job (a share of replicated state, a DTensor's local part) is listed in
+the header's metadata under `PIECES_KEY`, as JSON: {entry: [tensor, global shape, offset]}.
+
 Tensors cover the data without holes, which the safetensors format demands. The file's size is a multiple of 4 KiB,
 so it can be written and read with O_DIRECT in whole blocks. Format: safetensors 0.x, https://github.com/huggingface/safetensors.
 """
@@ -19,13 +22,14 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptd.errors import DamagedError, invariant
-from ckptd.types import TensorSpan
+from ckptd.types import Piece, TensorSpan
 
 BLOCK_BYTES = 4096
 VALUES_NAME = "__ckptd__.values"
+PIECES_KEY = "ckptd.pieces"
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
@@ -38,13 +42,13 @@ ITEM_BYTES: Mapping[str, int] = {
 """Element sizes by safetensors dtype name."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """What the layout needs to know of a tensor: its unique name, safetensors dtype and shape."""
+class TensorSpec(NamedTuple):
+    """What the layout needs to know of an entry: its unique name, safetensors dtype, shape and whose part it is."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    piece: Piece | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -76,31 +80,34 @@ def round_up(size: int, block: int = BLOCK_BYTES) -> int:
 
 def plan(tensors: Sequence[TensorSpec], values_bytes: int, metadata: Mapping[str, str]) -> Layout:
     """Lay out an image of `tensors` with room for at least `values_bytes` of other state."""
-    ordered = sorted(tensors, key=lambda spec: (-ITEM_BYTES[spec.dtype], spec.name))
+    metadata = dict(metadata)
+    entries: dict[str, object] = {"__metadata__": metadata}
+    pieces: dict[str, Piece] = {}
+    places: list[tuple[TensorSpec, int, int]] = []
     at = 0
-    places: list[tuple[TensorSpec, int]] = []
-    for spec in ordered:
-        places.append((spec, at))
-        at += spec.size_bytes
-    capacity = round_up(at + _LENGTH.size + values_bytes) - at
-    places.append((TensorSpec(VALUES_NAME, "U8", (capacity,)), at))
-    at += capacity
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    for spec, begin in places:
-        entries[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [begin, begin + spec.size_bytes],
-        }
+    for spec in sorted(tensors, key=lambda spec: (-ITEM_BYTES[spec.dtype], spec.name)):
+        name, dtype, shape, piece = spec
+        end = at + ITEM_BYTES[dtype] * prod(shape)
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (at, end)}
+        places.append((spec, at, end))
+        if piece is not None:
+            pieces[name] = piece
+        at = end
+    end = round_up(at + _LENGTH.size + values_bytes)
+    values = TensorSpec(VALUES_NAME, "U8", (end - at,))
+    entries[VALUES_NAME] = {"dtype": values.dtype, "shape": values.shape, "data_offsets": (at, end)}
+    places.append((values, at, end))
     invariant(len(entries) == len(places) + 1, "every tensor of an image has a name of its own")
+    if pieces:
+        metadata[PIECES_KEY] = json.dumps(pieces, separators=(",", ":"), ensure_ascii=False)
     body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     data_begin = round_up(_LENGTH.size + len(body))
     header = _LENGTH.pack(data_begin - _LENGTH.size) + body.ljust(data_begin - _LENGTH.size)
     spans = tuple(
-        TensorSpan(spec.name, spec.dtype, spec.shape, data_begin + begin, data_begin + begin + spec.size_bytes)
-        for spec, begin in places
+        TensorSpan(name, dtype, shape, data_begin + begin, data_begin + end, piece)
+        for (name, dtype, shape, piece), begin, end in places
     )
-    return Layout(header, spans, dict(metadata), data_begin + at)
+    return Layout(header, spans, metadata, data_begin + end)
 
 
 def header_bytes(start: bytes | memoryview) -> int:
@@ -123,39 +130,67 @@ def parse(image: memoryview) -> Layout:
 
 def parse_header(header: bytes, file_bytes: int) -> Layout:
     """Read the layout from an image's first bytes, as many as `header_bytes` said, of a file of `file_bytes`."""
-    data_begin = len(header)
     try:
         entries = json.loads(header[_LENGTH.size :])
         metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
-        spans = sorted(
-            (_span(name, entry, data_begin) for name, entry in entries.items()), key=lambda span: (span.begin, span.end)
-        )
+        pieces = json.loads(metadata.get(PIECES_KEY, "{}"))
+        in_order = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+        spans = _spans(in_order, pieces, len(header))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise DamagedError("a shard's header can't be read") from error
-    _check(spans, data_begin, file_bytes)
-    return Layout(header, tuple(spans), metadata, spans[-1].end)
-
-
-def _span(name: str, entry: Mapping[str, Any], data_begin: int) -> TensorSpan:
-    shape, (begin, end) = entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError("whole numbers")
-    return TensorSpan(name, str(entry["dtype"]), tuple(shape), data_begin + begin, data_begin + end)
-
-
-def _check(spans: Sequence[TensorSpan], data_begin: int, available_bytes: int) -> None:
     if not spans or spans[-1].name != VALUES_NAME or spans[-1].end - spans[-1].begin < _LENGTH.size:
         raise DamagedError("a shard's header names no values: it was not written by ckptd, or not completely")
-    at = data_begin
-    for span in spans:
-        if span.dtype not in ITEM_BYTES:
-            raise DamagedError(f"tensor {span.name!r} is of the unknown dtype {span.dtype!r}")
-        size = ITEM_BYTES[span.dtype] * prod(span.shape)
-        if span.begin != at or span.end - span.begin != size:
-            raise DamagedError(f"tensor {span.name!r} does not lie where a shard's header says")
-        at = span.end
-    if at > available_bytes:
-        raise DamagedError(f"a shard has {available_bytes} bytes where its header needs {at}")
+    if spans[-1].end > file_bytes:
+        raise DamagedError(f"a shard has {file_bytes} bytes where its header needs {spans[-1].end}")
+    return Layout(header, spans, metadata, spans[-1].end)
+
+
+def _spans(entries: Sequence[tuple[str, Any]], pieces: Mapping[str, Any], data_begin: int) -> tuple[TensorSpan, ...]:
+    spans = []
+    at = 0
+    for name, entry in entries:
+        dtype, shape = entry["dtype"], whole_numbers(entry["shape"])
+        begin, end = entry["data_offsets"]
+        if dtype not in ITEM_BYTES:
+            raise DamagedError(f"tensor {name!r} is of the unknown dtype {dtype!r}")
+        size = ITEM_BYTES[dtype] * prod(shape)
+        if begin != at or end != at + size:
+            raise DamagedError(f"tensor {name!r} does not lie where a shard's header says")
+        piece = pieces.get(name)
+        begin = data_begin + at
+        spans.append(
+            TensorSpan(name, dtype, shape, begin, begin + size, None if piece is None else _piece(piece, shape))
+        )
+        at += size
+    return tuple(spans)
+
+
+def whole_numbers(numbers: Any) -> tuple[int, ...]:
+    """Return a JSON list as a tuple; raises `ValueError` unless it is a list of whole numbers that are not negative."""
+    if type(numbers) is not list:
+        raise ValueError("no list of whole numbers")
+    for number in numbers:
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{number!r} is no whole number")
+    return tuple(numbers)
+
+
+def _piece(piece: Any, shape: tuple[int, ...]) -> Piece:
+    tensor, whole, offset = piece
+    read = Piece(str(tensor), whole_numbers(whole), whole_numbers(offset))
+    if not is_inside(read.offset, shape, read.shape):
+        raise ValueError("a part beyond its tensor")
+    return read
+
+
+def is_inside(offset: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether a box of `shape` at `offset` lies in a tensor of the shape `whole`."""
+    if not len(offset) == len(shape) == len(whole):
+        return False
+    for begin, size, limit in zip(offset, shape, whole, strict=True):  # noqa: SIM110 - three times as fast as all()
+        if begin + size > limit:
+            return False
+    return True
 
 
 def write_values(slot: memoryview, span: TensorSpan, blob: bytes) -> None:

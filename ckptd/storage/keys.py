@@ -17,6 +17,8 @@ from ckptd.types import CheckpointId
 MANIFEST = "manifest.json"
 GENERATION = "generation.json"
 _JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SHARD_FILE = re.compile(r"g\d{6,}/s\d{12,}/rank-\d{5,}\.safetensors")
+_FOLDER = re.compile(r"[^/]+/g(?P<generation>\d{6,})/s(?P<step>\d{12,})/")
 _MANIFEST_KEY = re.compile(r"(?P<job>[^/]+)/g(?P<generation>\d{6,})/s(?P<step>\d{12,})/manifest\.json")
 _GENERATION_KEY = re.compile(r"(?P<job>[^/]+)/g(?P<generation>\d{6,})/generation\.json")
 
@@ -41,9 +43,14 @@ def generation_key(job: str, generation: int) -> str:
     return generation_prefix(job, generation) + GENERATION
 
 
+def folder(checkpoint: CheckpointId) -> str:
+    """Return the prefix of one checkpoint's objects, seen from the job's folder."""
+    return f"g{checkpoint.generation:06d}/s{checkpoint.step:012d}/"
+
+
 def checkpoint_prefix(job: str, checkpoint: CheckpointId) -> str:
     """Return the prefix of one checkpoint's objects."""
-    return f"{generation_prefix(job, checkpoint.generation)}s{checkpoint.step:012d}/"
+    return f"{job}/{folder(checkpoint)}"
 
 
 def manifest_key(job: str, checkpoint: CheckpointId) -> str:
@@ -61,9 +68,20 @@ def shard_key(job: str, checkpoint: CheckpointId, rank: int) -> str:
     return checkpoint_prefix(job, checkpoint) + shard_file(rank)
 
 
+def is_shard_file(file: str) -> bool:
+    """Whether a name seen from the job's folder is that of a shard, and so leads nowhere else."""
+    return _SHARD_FILE.fullmatch(file) is not None
+
+
 def parse_manifest_key(key: str) -> CheckpointId | None:
     """Return which checkpoint a key commits, None when it is no manifest's key."""
     match = _MANIFEST_KEY.fullmatch(key)
+    return CheckpointId(int(match["generation"]), int(match["step"])) if match else None
+
+
+def parse_folder(key: str) -> CheckpointId | None:
+    """Return in which checkpoint's folder a key lies, None when it lies in none."""
+    match = _FOLDER.match(key)
     return CheckpointId(int(match["generation"]), int(match["step"])) if match else None
 
 

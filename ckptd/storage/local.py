@@ -8,18 +8,20 @@ that refuse O_DIRECT get buffered writes; the fsync is never left out.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ckptd.errors import DamagedError, FencedError, NotFoundError, StoreError
+from ckptd.storage import direct
+from ckptd.storage.hints import hint_for
 from ckptd.storage.image import BLOCK_BYTES
-from ckptd.storage.tier import Buffer, Capabilities, Entry
+from ckptd.storage.tier import Capabilities, Data, Entry, Pace, buffers
 
-IO_BYTES = 4 * 2**20
 _DIRECT_MIN_BYTES = 2**20
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 _TEMPORARY = ".tmp-"
 _FOLDER_ATTEMPTS = 10
 
@@ -38,14 +40,14 @@ class LocalTier:
         """The folder."""
         return str(self.root)
 
-    def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
+    def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         """Write a file, whole and durable, under its final name."""
         path = self.root / key
         # The name is random, since process numbers repeat on a filesystem that several nodes or containers share.
         temporary = path.with_name(f"{_TEMPORARY}{os.urandom(8).hex()}-{path.name}")
         try:
             try:
-                _write_new(temporary, memoryview(data).cast("B"))
+                _write_new(temporary, buffers(data), pace)
                 if create_only:
                     _link_new(temporary, path)
                 else:
@@ -79,6 +81,13 @@ class LocalTier:
             raise _failed("read", path, error) from error
         if got < len(into):
             raise DamagedError(f"{path} ends at byte {offset + got}, {offset + len(into)} were wanted")
+
+    def open(self, key: str) -> int:
+        """Open the file."""
+        try:
+            return os.open(self.root / key, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _failed("read", self.root / key, error) from error
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Walk the files below `prefix`."""
@@ -135,12 +144,12 @@ class LocalTier:
             raise _failed("write to", self.root, error) from error
 
 
-def _write_new(path: Path, data: memoryview) -> None:
+def _write_new(path: Path, parts: Sequence[memoryview], pace: Pace | None) -> None:
     """Write a file in a folder that need not exist, and that a prune may remove while it is still empty."""
     for left in reversed(range(_FOLDER_ATTEMPTS)):
         try:
             _make_folders(path.parent)
-            _write(path, data)
+            _write(path, parts, pace)
         except FileNotFoundError:
             if not left:
                 raise
@@ -155,37 +164,42 @@ def _link_new(temporary: Path, path: Path) -> None:
         raise FencedError(f"{path} exists already") from error
 
 
-def _write(path: Path, data: memoryview) -> None:
-    direct = len(data) >= _DIRECT_MIN_BYTES and len(data) % BLOCK_BYTES == 0
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    if direct:
-        try:
-            descriptor = os.open(path, flags | os.O_DIRECT, 0o644)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-        else:
-            try:
-                _write_all(descriptor, data)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # the filesystem wants another alignment than this memory has
-                    raise
-            else:
-                return
-            finally:
-                os.close(descriptor)
+def _write(path: Path, parts: Sequence[memoryview], pace: Pace | None) -> None:
+    if sum(map(len, parts)) >= _DIRECT_MIN_BYTES and _write_direct(path, parts, pace):
+        return
+    with _opened(path, _NEW) as descriptor:
+        at = 0
+        for part in parts:
+            for begin in range(0, len(part), direct.IO_BYTES):
+                piece = part[begin : begin + direct.IO_BYTES]
+                if pace is not None:
+                    pace(len(piece))
+                direct.write_all(descriptor, piece, at + begin)
+            at += len(part)
+        os.fsync(descriptor)
+
+
+def _write_direct(path: Path, parts: Sequence[memoryview], pace: Pace | None) -> bool:
+    """Write with O_DIRECT; return False when the filesystem refuses that or wants another alignment."""
+    written = False
+    try:
+        with _opened(path, _NEW | os.O_DIRECT) as descriptor:
+            direct.write(descriptor, parts, pace)
+            written = True
+            os.fsync(descriptor)
+    except OSError as error:
+        if written or error.errno != errno.EINVAL:  # after a failed fsync nothing is known of the bytes
+            raise
+    return written
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
     descriptor = os.open(path, flags, 0o644)
     try:
-        _write_all(descriptor, data)
+        yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    at = 0
-    while at < len(data):
-        at += os.pwrite(descriptor, data[at : at + IO_BYTES], at)
-    os.fsync(descriptor)
 
 
 def _read(path: Path, offset: int, into: memoryview) -> int:
@@ -200,19 +214,16 @@ def _read(path: Path, offset: int, into: memoryview) -> int:
 
 
 def _read_all(path: Path, extra_flags: int, offset: int, into: memoryview) -> int:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | extra_flags)
-    try:
+    with _opened(path, os.O_RDONLY | os.O_CLOEXEC | extra_flags) as descriptor:
         at = 0
         while at < len(into):
-            count = os.preadv(descriptor, [into[at : at + IO_BYTES]], offset + at)
+            count = os.preadv(descriptor, [into[at : at + direct.IO_BYTES]], offset + at)
             if count == 0:
                 break
             at += count
-            if extra_flags and count % mmap.PAGESIZE:
+            if extra_flags and count % BLOCK_BYTES:
                 break  # the end of a file whose size is no whole number of blocks
         return at
-    finally:
-        os.close(descriptor)
 
 
 def _make_folders(folder: Path) -> None:
@@ -234,20 +245,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-_HINTS = {
-    errno.ENOSPC: "free some space, lower keep_last, or use another --store",
-    errno.EDQUOT: "the quota is used up: free some space or use another --store",
-    errno.EACCES: "check the owner and mode of the folder, or use another --store",
-    errno.EPERM: "check the owner and mode of the folder, or use another --store",
-    errno.EROFS: "the filesystem is mounted read-only: use another --store",
-    errno.EEXIST: "a file stands where a folder is needed: use another --store",
-    errno.EFBIG: "files may not be that large here: raise `ulimit -f`, or use another --store",
-    errno.ENOTDIR: "a file stands where a folder is needed: use another --store",
-    errno.EIO: "the disk reports errors: look into the kernel's log",
-}
-
-
 def _failed(verb: str, path: Path, error: OSError) -> StoreError | NotFoundError:
     if isinstance(error, FileNotFoundError) and verb == "read":
         return NotFoundError(f"no file {path}")
-    return StoreError(f"can't {verb} {path}: {error.strerror or error}", hint=_HINTS.get(error.errno or 0))
+    return StoreError(f"can't {verb} {path}: {error.strerror or error}", hint=hint_for(error))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 
-from ckptd.errors import DamagedError, FencedError, NotFoundError
-from ckptd.storage.tier import Buffer, Capabilities, Entry
+from ckptd.errors import DamagedError, FencedError, NotFoundError, StoreError
+from ckptd.storage.tier import Capabilities, Data, Entry, Pace, buffers
 
 
 class MemoryTier:
@@ -19,9 +20,11 @@ class MemoryTier:
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, float]] = {}
 
-    def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
+    def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         """Keep a copy of `data`."""
-        kept = (bytes(data), time.time())
+        kept = (b"".join(buffers(data)), time.time())
+        if pace is not None:
+            pace(len(kept[0]))
         if not create_only:
             self.objects[key] = kept
         elif self.objects.setdefault(key, kept) is not kept:  # one step, so that one of many threads wins
@@ -43,6 +46,19 @@ class MemoryTier:
         if len(part) < len(into):
             raise DamagedError(f"{key} ends at byte {offset + len(part)}, {offset + len(into)} were wanted")
         into[:] = part
+
+    def open(self, key: str) -> int:
+        """Return a memory file with a copy of the object."""
+        data = self.get(key)
+        writable = os.memfd_create("ckptd-object", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(os.dup(writable), "wb") as file:
+                file.write(data)
+            return os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StoreError(f"can't open {key} in memory: {error.strerror}") from error
+        finally:
+            os.close(writable)
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Yield the objects under `prefix`."""

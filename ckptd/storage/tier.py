@@ -7,11 +7,22 @@ theirs to do. What a tier can't do is declared in its `Capabilities`, never imit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 Buffer = bytes | memoryview
+Data = Buffer | Sequence[Buffer]
+"""What an object is put from: one buffer, or several that are written end to end as one object."""
+
+Pace = Callable[[int], None]
+"""Called with a number of bytes before they are moved; blocks for as long as they have to wait."""
+
+
+def buffers(data: Data) -> list[memoryview]:
+    """Return what `data` consists of as views of format "B", without the empty ones."""
+    parts = [data] if isinstance(data, bytes | memoryview) else data
+    return [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +66,11 @@ class Tier(Protocol):
         """What it can do by itself."""
         ...
 
-    def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
+    def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         """Keep `data` under `key`: durable when this returns, and seen whole or not at all by every reader.
+
+        A sequence of buffers becomes one object, so that a file can be put together without copying its parts.
+        `pace` is asked before each piece, from any thread, so that a put takes no more bandwidth than it may.
 
         With `create_only` an existing key is left alone and `FencedError` raised; it needs that capability.
         """
@@ -72,6 +86,14 @@ class Tier(Protocol):
 
     def read_into(self, key: str, offset: int, into: memoryview) -> None:
         """Fill all of `into` from `offset` of an object; an object that ends before is a `DamagedError`."""
+        ...
+
+    def open(self, key: str) -> int:
+        """Return a read-only descriptor of an object's bytes, which the caller closes.
+
+        A restore reads from it, in another process too. The bytes stay what they are while it is open, whatever is
+        put or deleted under the key.
+        """
         ...
 
     def list(self, prefix: str) -> Iterator[Entry]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 
 from ckptd.errors import DamagedError, FencedError, NotFoundError, StoreError
-from ckptd.storage import catalog, image, keys, manifest
+from ckptd.storage import catalog, image, keys, manifest, reading
 from ckptd.storage.tier import Tier
 from ckptd.testing.expecting import expecting, only_if
 from ckptd.types import CheckpointId
@@ -68,6 +70,29 @@ class TierSuite:
             tier.put(f"buffers/{name}", buffer)
             assert tier.get(f"buffers/{name}") == data, f"a {name} view was put changed"
 
+    def test_puts_several_buffers_as_one(self, tier: Tier) -> None:
+        """A sequence of buffers of any sizes becomes one object, end to end, whatever their alignment."""
+        data = _pattern(7 * 2**20 + 5, seed=10)
+        for name, cuts in (
+            ("none", ()),
+            ("one", (7 * 2**20,)),
+            ("blocks", (_BLOCK, 2**20, 5 * 2**20)),
+            ("odd", (0, 0, 1, 100, 2 * 2**20 + 7, 7 * 2**20 + 5)),
+        ):
+            view = memoryview(data)[: cuts[-1] if cuts else 0]
+            parts = [view[begin:end] for begin, end in zip((0, *cuts), cuts, strict=False)]
+            tier.put(f"parts/{name}", parts)
+            assert tier.get(f"parts/{name}") == view, f"parts cut at {cuts} were put changed"
+            assert tier.size_bytes(f"parts/{name}") == len(view)
+
+    def test_asks_before_it_moves(self, tier: Tier) -> None:
+        """`pace` is asked for every byte of a put exactly once, so that a bound on bandwidth means what it says."""
+        for size in (10, 2**20 + 5, 9 * 2**20):
+            asked: list[int] = []
+            tier.put("paced", _pattern(size, seed=9), pace=asked.append)
+            assert sum(asked) == size, f"a put of {size} bytes asked for {sum(asked)}"
+            assert tier.get("paced") == _pattern(size, seed=9)
+
     def test_keeps_no_reference(self, tier: Tier) -> None:
         """What is put is kept as it was then: slots are written again as soon as a flush is over."""
         for size in (16, 2 * 2**20):
@@ -100,11 +125,33 @@ class TierSuite:
                 with expecting(DamagedError, f"{wanted} bytes from {offset} of {size} were read"):
                     tier.read_into("short", offset, memoryview(bytearray(wanted)))
 
+    def test_opens_for_reading(self, tier: Tier) -> None:
+        """A descriptor reads the object as it was when it was opened, can't write it, and outlives its deletion."""
+        data = _pattern(2**20 + 5, seed=8)
+        tier.put("opened", data)
+        descriptor = tier.open("opened")
+        try:
+            assert not os.get_inheritable(descriptor), "a descriptor leaks into every program that is started"
+            tier.put("opened", b"another")
+            tier.delete("opened")
+            assert os.fstat(descriptor).st_size == len(data)
+            assert os.pread(descriptor, len(data) + 1, 0) == data
+            assert os.pread(descriptor, 100, 2**20) == data[2**20 :]
+            with expecting(OSError, "a descriptor for reading could be written"):
+                os.pwrite(descriptor, b"x", 0)
+        finally:
+            os.close(descriptor)
+
     def test_a_missing_object_is_named(self, tier: Tier) -> None:
         """Reading what isn't there raises `NotFoundError` with the key in its message."""
         tier.put("there/object", b"1")
         for key in ("nowhere", "there/nowhere", "no/such/folder/nowhere"):
-            for read in (tier.get, tier.size_bytes, lambda key: tier.read_into(key, 0, memoryview(bytearray(1)))):
+            for read in (
+                tier.get,
+                tier.size_bytes,
+                tier.open,
+                lambda key: tier.read_into(key, 0, memoryview(bytearray(1))),
+            ):
                 with expecting(NotFoundError, f"{key} was read") as caught:
                     read(key)
                 assert "nowhere" in caught.error.message
@@ -244,7 +291,7 @@ class TierSuite:
         assert len(_keys(tier, "job/s")) == 3 * self.racers + 1
 
     def test_keeps_a_checkpoint(self, tier: Tier) -> None:
-        """A checkpoint can be committed, listed, verified, fetched and deleted: what the agent does with a tier."""
+        """A checkpoint can be committed, listed, verified, read and deleted: what the agent does with a tier."""
         checkpoint = CheckpointId(1, 40)
         images = [_image(rank) for rank in range(2)]
         if tier.capabilities.create_only_put:
@@ -256,14 +303,33 @@ class TierSuite:
         tier.put(keys.manifest_key(_JOB, checkpoint), manifest.encode(document))
         assert catalog.holdings(tier, _JOB).committed == (checkpoint,)
         assert catalog.verify(tier, _JOB, checkpoint) == []
-        loaded = catalog.load_manifest(tier, _JOB, checkpoint)
-        for rank, data in enumerate(images):
-            slot = memoryview(bytearray(len(data) + _BLOCK))
-            catalog.fetch_shard(tier, _JOB, loaded, rank, slot)
-            assert slot[: len(data)] == data
-        catalog.delete(tier, _JOB, checkpoint)
+        _read_back(tier, catalog.load_manifest(tier, _JOB, checkpoint), images)
+        for key in _keys(tier, keys.checkpoint_prefix(_JOB, checkpoint)):
+            tier.delete(key)
         assert _keys(tier, keys.checkpoint_prefix(_JOB, checkpoint)) == set()
         assert catalog.verify(tier, _JOB, checkpoint) != []
+
+
+def _read_back(tier: Tier, loaded: manifest.Manifest, images: Sequence[memoryview]) -> None:
+    """Read every tensor as a restore does, and compare it with its image."""
+    found = [bytearray(len(data)) for data in images]
+
+    def keep(chunk: manifest.Chunk, offset: int, data: memoryview) -> None:
+        found[chunk.shard][chunk.begin + offset : chunk.begin + offset + len(data)] = data
+
+    wants = [
+        reading.Want(tensor.name, chunk, 0, chunk.end - chunk.begin, partial(keep, chunk))
+        for tensor in loaded.tensors.values()
+        for chunk in tensor.chunks
+    ]
+    with ExitStack() as stack:
+        files = {file: tier.open(f"{_JOB}/{file}") for file in loaded.files}
+        for descriptor in files.values():
+            stack.callback(os.close, descriptor)
+        reading.read(wants, files, threads=2, direct=True)
+    for data, image_found in zip(images, found, strict=True):
+        begin = image.parse(data).spans[0].begin
+        assert image_found[begin:] == data[begin:], "a restore would read something else than was put"
 
 
 def _pattern(size: int, *, seed: int) -> bytes:

@@ -1,64 +1,70 @@
-"""Ways to checkpoint, behind one interface: ckptd, and what a user would pick instead."""
+"""Ways to checkpoint, behind one interface: ckptd, and what torch itself offers. `peers.py` has other projects'."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save, save
 
-import ckptd
-from tests.bench.workload import Moments, Weights
+from tests.bench.workload import Training
 
 
 class Contender:
-    """One way, in one rank. `wanted` is set by the harness; `boundary` is called after each training step."""
+    """One way, in one rank: `request`, then `boundary` after each step until `durable`; `taken` says which took it."""
 
-    name = ""
     background = True
     """Whether training goes on before a checkpoint is durable."""
+    warm_ups = 1
+    """How many checkpoints of each kind of loop are taken before the first that counts."""
 
-    def __init__(self, folder: Path, rank: int, state: dict[str, torch.Tensor]) -> None:
-        self.folder, self.rank, self.state = folder, rank, state
+    def __init__(self, folder: Path, rank: int, training: Training) -> None:
+        self.folder, self.rank, self.training = folder, rank, training
+        self.state = training.state()
         self.number = 0
-        self.began = False
-        """Whether the checkpoint asked for last has been taken at a boundary."""
+        self.boundaries = 0
+        self.taken = 0
+        """The number of the boundary that took the newest checkpoint, known once it is durable."""
+        self._due = False
 
     def request(self) -> None:
         """Ask for a checkpoint at one of the next boundaries."""
-        self.began = False
+        self._due = True
 
     def boundary(self) -> None:
         """The end of a training step; the stall of a checkpoint happens in here."""
-        if not self.began:
-            self.began = True
+        self.boundaries += 1
+        if self._due:
+            self._due = False
+            self.taken = self.boundaries
             self.number += 1
             self.take(self.path)
 
-    def optimizer_step(self) -> None:
-        """The optimizer's step of a training step, which some must wait for."""
-
     @property
     def path(self) -> Path:
-        """Where the checkpoint of this number lies."""
+        """Where the newest checkpoint lies."""
         return self.folder / f"c{self.number}"
 
     def take(self, path: Path) -> None:
-        """Checkpoint the state as it is now; contenders whose own agent does that at a boundary leave it alone."""
+        """Checkpoint the state as it is now; a contender whose own agent does that at a boundary leaves it alone."""
 
     def durable(self) -> bool:
         """Whether this rank knows that the whole checkpoint is durable."""
-        return True
+        return not self._due
 
     def load(self) -> None:
-        """Bring the state back in place from the newest checkpoint, where a rank can do that while it trains."""
+        """Bring the state back in place from the newest checkpoint."""
+        raise NotImplementedError
 
     def forget(self) -> None:
         """Remove the newest checkpoint, so that the disk does not fill."""
@@ -67,17 +73,32 @@ class Contender:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def written_bytes(self) -> int:
-        """Return the bytes of the newest checkpoint."""
+        """Return the bytes that the newest checkpoint has taken on the disk."""
         return sum(item.stat().st_size for item in self.path.rglob("*") if item.is_file())
+
+    def helpers(self) -> list[int]:
+        """Return the processes beside this rank that work for it."""
+        return [child.pid for child in psutil.Process().children(recursive=True)]
 
     def close(self) -> None:
         """Let go of everything."""
 
 
+class Nothing(Contender):
+    """No checkpoint at all, for 0.8 s: what the other figures would be if there were only noise."""
+
+    def take(self, path: Path) -> None:
+        """Note the time."""
+        self._over_s = time.monotonic() + 0.8
+
+    def durable(self) -> bool:
+        """Whether the time is over."""
+        return not self._due and time.monotonic() > self._over_s
+
+
 class TorchSave(Contender):
     """`torch.save` of each rank's state, fsynced and renamed."""
 
-    name = "torch.save + fsync"
     background = False
 
     def take(self, path: Path) -> None:
@@ -104,131 +125,150 @@ class TorchSave(Contender):
 class Dcp(Contender):
     """`torch.distributed.checkpoint.save`, which fsyncs each file."""
 
-    name = "dcp.save"
     background = False
 
-    def __init__(self, folder: Path, rank: int, state: dict[str, torch.Tensor]) -> None:
-        super().__init__(folder, rank, state)
+    def __init__(self, folder: Path, rank: int, training: Training) -> None:
+        super().__init__(folder, rank, training)
         self.group = dist.new_group(backend="gloo")  # its collectives run beside those of training
 
     def take(self, path: Path) -> None:
         """Write, and wait until all ranks have."""
-        dcp.save(self.state, storage_writer=FileSystemWriter(path), process_group=self.group)
+        save(self.state, storage_writer=FileSystemWriter(path), process_group=self.group)
 
     def load(self) -> None:
         """Load in place."""
-        dcp.load(self.state, storage_reader=FileSystemReader(self.path), process_group=self.group)
+        load(self.state, storage_reader=FileSystemReader(self.path), process_group=self.group)
 
 
-class DcpThread(Dcp):
-    """`async_save` with its defaults: a new staging copy each time, written by a thread."""
+class DcpAsync(Dcp):
+    """`async_save`: a staging copy on the training thread, then a thread or a process writes."""
 
-    name = "dcp.async thread"
     background = True
-    kind = AsyncCheckpointerType.THREAD
-    stager: DefaultStager | None = None
-    handle: Any = None
+
+    def __init__(
+        self, folder: Path, rank: int, training: Training, kind: AsyncCheckpointerType, stager: DefaultStager | None
+    ) -> None:
+        super().__init__(folder, rank, training)
+        self._kind, self._stager = kind, stager
+        self._handle: Any = None
 
     def take(self, path: Path) -> None:
         """Stage on this thread, write in the background."""
-        reply = dcp.async_save(
+        reply = async_save(
             self.state,
             checkpoint_id=path,
             process_group=self.group,
-            async_checkpointer_type=self.kind,
-            async_stager=self.stager,
+            async_checkpointer_type=self._kind,
+            async_stager=self._stager,
         )
-        self.handle = getattr(reply, "upload_completion", reply)
+        self._handle = getattr(reply, "upload_completion", reply)
 
     def durable(self) -> bool:
         """Whether the background write has ended well."""
-        if not self.handle.done():
+        if self._due or not self._handle.done():
             return False
-        self.handle.result()
+        self._handle.result()
         return True
 
     def close(self) -> None:
         """Close the stager that was kept."""
-        if self.stager is not None:
-            self.stager.close()
+        if self._stager is not None:
+            self._stager.close()
 
 
-class DcpThreadKept(DcpThread):
-    """The same with one stager kept, so that its buffers are used again."""
-
-    name = "dcp.async thread, kept stager"
-    shared = False
-
-    def __init__(self, folder: Path, rank: int, state: dict[str, torch.Tensor]) -> None:
-        super().__init__(folder, rank, state)
-        options = StagingOptions(
-            use_pinned_memory=False, use_shared_memory=self.shared, use_async_staging=False, use_non_blocking_copy=False
-        )
-        self.stager = DefaultStager(options)
-
-
-class DcpProcess(DcpThread):
-    """`async_save` by a process of its own."""
-
-    name = "dcp.async process"
-    kind = AsyncCheckpointerType.PROCESS
-
-
-class DcpProcessKept(DcpThreadKept):
-    """The same with a kept stager in shared memory."""
-
-    name = "dcp.async process, kept stager"
-    kind = AsyncCheckpointerType.PROCESS
-    shared = True
+def _stager(*, shared: bool) -> DefaultStager:
+    """Return a stager to keep, so that its buffers are used again."""
+    options = StagingOptions(
+        use_pinned_memory=False, use_shared_memory=shared, use_async_staging=False, use_non_blocking_copy=False
+    )
+    return DefaultStager(options)
 
 
 class Ckptd(Contender):
-    """ckptd, under `ckptctl run`."""
+    """ckptd, under `ckptctl run`; which way it captures, the run's `--overlap` says."""
 
-    name = "ckptd"
+    def __init__(self, folder: Path, rank: int, training: Training) -> None:
+        super().__init__(folder, rank, training)
+        import ckptd
 
-    def __init__(self, folder: Path, rank: int, state: dict[str, torch.Tensor]) -> None:
-        super().__init__(folder, rank, state)
-        self.module = Weights(state)
-        self.optimizer = Moments(self.module, state)
-        self.run = ckptd.attach(model=self.module, optimizer=self.optimizer, strict=True)
-        self._step = 0
-        self._before = -1
+        objects: dict[str, Any] = {"model": training.model}
+        if training.optimizer is not None:
+            objects["optimizer"] = training.optimizer
+        if training.shape.replicated:
+            self.run = ckptd.attach(**objects, strict=True, replicated=tuple(objects))
+        else:
+            self.run = ckptd.attach(**objects, strict=True)
+        self.boundaries = self.run.restored.step if self.run.restored else 0
+        self._store = folder / "store" / "bench"
 
     def request(self) -> None:
-        """Ask the agent, from one rank for all."""
-        super().request()
-        self._before = self.run._captured_step
+        """Ask the agent, from one rank for all; it names one of the next steps."""
         if self.rank == 0:
             self.run.checkpoint()
 
     def boundary(self) -> None:
-        """End the step; the agent has announced one of the next."""
+        """End the step."""
+        self.boundaries += 1
         self.run.step()
-        if not self.began and self.run._captured_step != self._before:
-            self.began = True
-            self.number = self.run._captured_step
 
-    def optimizer_step(self) -> None:
-        """Let the optimizer's hooks run."""
-        self.optimizer.step()
+    def durable(self) -> bool:
+        """Whether there is a newer manifest than before."""
+        for generation in self._store.glob("g*"):
+            for name in os.listdir(generation):
+                step = int(name[1:]) if name[0] == "s" else 0
+                if step > self.number and (generation / name / "manifest.json").exists():
+                    self.number = self.taken = step
+                    return True
+        return False
 
     @property
     def path(self) -> Path:
-        """The checkpoint's folder in the store."""
-        return self.folder / "store" / "bench" / "g000001" / f"s{self.number:012d}"
-
-    def durable(self) -> bool:
-        """Whether the manifest is there."""
-        return (self.path / "manifest.json").exists()
+        """The newest checkpoint's folder in the store."""
+        return next(self._store.glob(f"g*/s{self.number:012d}"))
 
     def forget(self) -> None:
         """Leave it to retention."""
         dist.barrier()
+
+    def helpers(self) -> list[int]:
+        """Return the agent, the parent of the launcher that forked this rank; rank 0 answers for all."""
+        launcher = psutil.Process().parent()
+        agent = launcher.parent() if launcher else None
+        return [agent.pid] if agent and self.rank == 0 else []
 
     def close(self) -> None:
         """Leave the run."""
         self.run.close()
 
 
-CONTENDERS = {kind.name: kind for kind in (TorchSave, Dcp, DcpThread, DcpThreadKept, DcpProcess, DcpProcessKept, Ckptd)}
+class CkptdAuto(Ckptd):
+    """The same choosing between both ways of capture by what each costs in this job: it has to try both first."""
+
+    warm_ups = 6
+
+
+Maker = Callable[[Path, int, Training], Contender]
+
+
+def _dcp_async(kind: AsyncCheckpointerType, *, keep: bool) -> Maker:
+    """Return how to make `async_save` with the default stager, or with one that is kept and suits its kind."""
+
+    def make(folder: Path, rank: int, training: Training) -> Contender:
+        stager = _stager(shared=kind is AsyncCheckpointerType.PROCESS) if keep else None
+        return DcpAsync(folder, rank, training, kind, stager)
+
+    return make
+
+
+CONTENDERS: dict[str, Maker] = {
+    "no checkpoint (noise)": Nothing,
+    "torch.save + fsync": TorchSave,
+    "dcp.save": Dcp,
+    "dcp.async thread": _dcp_async(AsyncCheckpointerType.THREAD, keep=False),
+    "dcp.async thread, kept stager": _dcp_async(AsyncCheckpointerType.THREAD, keep=True),
+    "dcp.async process": _dcp_async(AsyncCheckpointerType.PROCESS, keep=False),
+    "dcp.async process, kept stager": _dcp_async(AsyncCheckpointerType.PROCESS, keep=True),
+    "ckptd overlap=on": Ckptd,
+    "ckptd overlap=off": Ckptd,
+    "ckptd overlap=auto": CkptdAuto,
+}

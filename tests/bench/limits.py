@@ -1,102 +1,163 @@
-"""What the machine itself allows: copies, the disk and digests, with nothing of ckptd in the way."""
+"""What the machine itself allows: copies, the disk and digests, with no checkpointer in the way, all ranks at once."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-BLOCK_BYTES = 4 * 2**20
-RANKS = 2
+MIB = 2**20
+BLOCKS_MIB = (1, 4, 16)
+FLIGHTS = (1, 2, 4)
+PIECE_BYTES = 3_579_136
+"""One of 150 tensors of 512 MiB. glibc copies larger pieces faster: it writes them past the cache."""
 
 
-def region(size: int) -> mmap.mmap:
-    """Return touched, page-aligned memory."""
-    memory = mmap.mmap(-1, size)
-    ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 1, size)
-    return memory
+@dataclass(frozen=True)
+class Way:
+    """How a file is written or read: the size of one operation and how many are in flight."""
+
+    block_bytes: int = 4 * MIB
+    flight: int = 2
+
+    def __str__(self) -> str:
+        return f"{self.block_bytes // MIB} MiB x {self.flight}"
 
 
-def _together(work: Callable[[int], None]) -> float:
-    """Run `work(rank)` for both ranks at once; return the seconds until the last is done."""
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(RANKS)]
-    begin_s = time.monotonic()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return time.monotonic() - begin_s
+class Bed:
+    """One process's prepared memory and file."""
 
+    def __init__(self, folder: Path, rank: int, size: int) -> None:
+        self.path = folder / f"limit{rank}"
+        self.size = size
+        self.source, self.target = _region(size), _region(size)
 
-def memcpy_s(source: mmap.mmap, target: mmap.mmap) -> float:
-    """Copy one rank's bytes into prepared memory, both ranks at once, in pieces of the size of a tensor."""
-    size = len(source)
-    base_from = ctypes.addressof(ctypes.c_char.from_buffer(source))
-    base_to = ctypes.addressof(ctypes.c_char.from_buffer(target))
-    half = size // RANKS
-    piece = max(4096, half // 75)
+    def copy(self, piece: int) -> None:
+        """Copy everything into prepared memory."""
+        source, target = _address(self.source), _address(self.target)
+        for at in range(0, self.size, piece):
+            ctypes.memmove(target + at, source + at, min(piece, self.size - at))
 
-    def work(rank: int) -> None:
-        for at in range(rank * half, (rank + 1) * half, piece):
-            ctypes.memmove(base_to + at, base_from + at, min(piece, (rank + 1) * half - at))
-
-    return _together(work) * RANKS  # each thread has copied only half a rank's bytes
-
-
-def write_s(source: mmap.mmap, folder: Path) -> float:
-    """Write both ranks' bytes to new files with O_DIRECT and fsync."""
-    view = memoryview(source)
-
-    def work(rank: int) -> None:
-        path = folder / f"limit{rank}"
-        path.unlink(missing_ok=True)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
-        for at in range(0, len(view), BLOCK_BYTES):
-            os.pwrite(file, view[at : at + BLOCK_BYTES], at)
+    def write(self, way: Way, size: int) -> None:
+        """Write a new file past the page cache, and fsync it."""
+        self.path.unlink(missing_ok=True)
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+        with memoryview(self.source) as view:
+            _fly(way, size, lambda at, end: os.pwrite(file, view[at:end], at))
         os.fsync(file)
         os.close(file)
 
-    return _together(work)
-
-
-def read_s(size: int, folder: Path) -> float:
-    """Read both ranks' files back with O_DIRECT."""
-
-    def work(rank: int) -> None:
-        buffer = mmap.mmap(-1, BLOCK_BYTES)
-        file = os.open(folder / f"limit{rank}", os.O_RDONLY | os.O_DIRECT)
-        for at in range(0, size, BLOCK_BYTES):
-            os.preadv(file, [buffer], at)
+    def read(self, way: Way, size: int) -> None:
+        """Read it back past the page cache."""
+        file = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
+        with memoryview(self.target) as view:
+            _fly(way, size, lambda at, end: os.preadv(file, [view[at:end]], at))
         os.close(file)
 
-    return _together(work)
+    def digest(self) -> None:
+        """Digest everything, by one thread."""
+        xxhash.xxh3_128_intdigest(self.source)
 
 
-def digest_s(source: mmap.mmap) -> float:
-    """Digest both ranks' bytes, a thread each."""
-    return _together(lambda _: xxhash.xxh3_128_intdigest(source) and None)
+def _region(size: int) -> mmap.mmap:
+    """Return shared memory with all its pages there, as a slot is."""
+    memory = mmap.mmap(-1, size)
+    ctypes.memset(_address(memory), 1, size)
+    return memory
 
 
-def measure(size: int, folder: Path, repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each limit for `size` bytes a rank and both ranks at once."""
-    source, target = region(size), region(size)
-    found: dict[str, list[float]] = {"memcpy": [], "O_DIRECT write": [], "O_DIRECT read": [], "digest": []}
-    for number in range(repeats + 1):
-        once = {
-            "memcpy": memcpy_s(source, target),
-            "O_DIRECT write": write_s(source, folder),
-            "O_DIRECT read": read_s(size, folder),
-            "digest": digest_s(source),
+def _address(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def _fly(way: Way, size: int, operate: Callable[[int, int], int]) -> None:
+    """Do all operations in order, with as many at once as the way says."""
+    starts = iter(range(0, size, way.block_bytes))
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                at = next(starts, None)
+            if at is None:
+                return
+            end = min(at + way.block_bytes, size)
+            assert operate(at, end) == end - at, "a short read or write"
+
+    threads = [threading.Thread(target=work) for _ in range(way.flight - 1)]
+    for thread in threads:
+        thread.start()
+    work()
+    for thread in threads:
+        thread.join()
+
+
+class Limits:
+    """Processes with a `Bed` each, told what to do at once."""
+
+    def __init__(self, folder: Path, size: int, ranks: int = 2) -> None:
+        """Start them. Sizes are rounded to whole pages."""
+        self.size = size // 4096 * 4096
+        self.ranks = ranks
+        context = multiprocessing.get_context("fork")  # this process has no threads: it imports no torch
+        self._barrier = context.Barrier(ranks)
+        self._ends = []
+        for rank in range(ranks):
+            ours, theirs = context.Pipe()
+            context.Process(target=self._serve, args=(theirs, folder, rank), daemon=True).start()
+            self._ends.append(ours)
+        self.write_way, self.read_way = Way(), Way()
+
+    def _serve(self, pipe: Any, folder: Path, rank: int) -> None:
+        bed = Bed(folder, rank, self.size)
+        while (order := pipe.recv()) is not None:
+            what, *arguments = order
+            self._barrier.wait()
+            begin_s = time.monotonic()
+            getattr(bed, what)(*arguments)
+            pipe.send((begin_s, time.monotonic()))
+        bed.path.unlink(missing_ok=True)
+        pipe.send(None)
+
+    def seconds(self, what: str, *arguments: Any) -> float:
+        """Have all processes do something at once; return the time from the first begin to the last end."""
+        for end in self._ends:
+            end.send((what, *arguments))
+        spans = [end.recv() for end in self._ends]
+        begin_s, end_s = min(span[0] for span in spans), max(span[1] for span in spans)
+        return float(end_s - begin_s)
+
+    def tune(self) -> None:
+        """Find the fastest ways to write and to read here, over a part of the size."""
+        size = min(self.size, 192 * MIB)
+        found: dict[str, dict[Way, float]] = {"write": {}, "read": {}}
+        for way in (Way(block * MIB, flight) for block in BLOCKS_MIB for flight in FLIGHTS):
+            for what in ("write", "read"):
+                found[what][way] = self.seconds(what, way, size)
+        self.write_way = min(found["write"], key=found["write"].__getitem__)
+        self.read_way = min(found["read"], key=found["read"].__getitem__)
+
+    def measure(self) -> dict[str, float]:
+        """Return the seconds of each limit, once."""
+        return {
+            "memcpy": self.seconds("copy", self.size),
+            "memcpy by tensors": self.seconds("copy", PIECE_BYTES),
+            "O_DIRECT write": self.seconds("write", self.write_way, self.size),
+            "O_DIRECT read": self.seconds("read", self.read_way, self.size),
+            "digest": self.seconds("digest"),
         }
-        if number:  # the first is the warm-up
-            for name, seconds in once.items():
-                found[name].append(seconds)
-    for rank in range(RANKS):
-        (folder / f"limit{rank}").unlink()
-    return found
+
+    def close(self) -> None:
+        """End the processes and remove their files."""
+        for end in self._ends:
+            end.send(None)
+            end.recv()

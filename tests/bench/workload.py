@@ -1,87 +1,134 @@
-"""The state that every contender checkpoints, and the two training loops that it is checkpointed beside."""
+"""The training that every contender checkpoints: a state that changes at every step, and two loops around it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
+import xxhash
+from torch import nn
 
-BLOCKS = 12
-BYTES_PER_PARAMETER = 2 + 4 + 4  # bf16 weight, fp32 first and second moment
+from tests.bench.plan import Shape
 
-
-def make_state(rank: int, size_mib: int, tensors: int = 150, seed: int = 7) -> dict[str, torch.Tensor]:
-    """Return `size_mib` MiB of one rank's training state in about `tensors` tensors: bf16 weights and Adam's moments.
-
-    Names differ between ranks, because torch.distributed.checkpoint takes tensors of one name for replicas and keeps
-    only one of them: every rank's state shall be written.
-    """
-    random = torch.Generator().manual_seed(seed + rank)
-    weights = max(1, tensors // 3)
-    each = size_mib * 2**20 // BYTES_PER_PARAMETER // weights
-    columns = max(1, min(4096, each))
-    rows = max(1, each // columns)
-    state: dict[str, torch.Tensor] = {}
-    for number in range(weights):
-        name = f"rank{rank}.block{number % BLOCKS}.weight{number}"
-        state[name] = torch.empty(rows, columns, dtype=torch.bfloat16).uniform_(-1, 1, generator=random)
-        state[f"{name}.exp_avg"] = torch.empty(rows, columns).uniform_(-1, 1, generator=random)
-        state[f"{name}.exp_avg_sq"] = torch.empty(rows, columns).uniform_(0, 1, generator=random)
-    return state
+DTYPES = {
+    "fp32": (torch.float32,),
+    "bf16": (torch.bfloat16,),
+    "mixed": (torch.float32, torch.bfloat16),
+}
+"""By name, which types the weights have, in turn; Adam keeps its moments in the type of the weight."""
+MATMULS = 12
+"""Products of 512 x 512 in a full step: about as long as the optimizer's step over 512 MiB of state."""
+DEVICE_S = 0.008
+SMALL_LAUNCHES = 400
 
 
-def size_bytes(state: dict[str, torch.Tensor]) -> int:
-    """Return the bytes of all tensors."""
-    return sum(tensor.nbytes for tensor in state.values())
+class Training:
+    """One rank's model, optimizer and gradients. Gradients are no part of the state."""
 
-
-def change(state: dict[str, torch.Tensor]) -> None:
-    """Change every element in place, as an optimizer's step does."""
-    for tensor in state.values():
-        tensor.neg_()
-
-
-class Loops:
-    """Two fake training steps of about 10 ms each."""
-
-    def __init__(self) -> None:
-        self._left, self._right, self._out = torch.rand(512, 512), torch.rand(512, 512), torch.empty(512, 512)
+    def __init__(self, rank: int, shape: Shape, *, prepared: bool = True) -> None:
+        """Build the state; without `prepared`, Adam makes its moments only when it steps or is restored."""
+        self.shape = shape
+        self._random = torch.Generator().manual_seed(7 + (0 if shape.replicated else rank))
+        self.model = self._build()
+        self._trained = [weight for weight in self.model.parameters() if weight.requires_grad and shape.moments]
+        self.optimizer: torch.optim.Optimizer | None = None
+        if shape.moments:
+            # With torch's own betas a second moment in bf16 stands still, and would be found unchanged.
+            self.optimizer = torch.optim.Adam(self._trained, lr=1e-2, betas=(0.9, 0.9), fused=True)
+            for weight in self._trained:
+                weight.grad = self._filled(weight.numel(), weight.dtype).view_as(weight)
+            if prepared:
+                self.optimizer.step()
+        self._gradients = [weight.grad for weight in self._trained]
+        self._changes = 0
+        self.prefix = "" if shape.replicated else f"rank{rank}."
+        cores = [torch.rand(512, 512) for _ in range(3)]
+        self._left, self._right, self._out = cores
         self._small = torch.zeros(64)
 
-    def full(self) -> None:
-        """Keep one core busy, as training on CPU does."""
-        for _ in range(4):
-            torch.mm(self._left, self._right, out=self._out)
+    def _build(self) -> nn.Module:
+        shape = self.shape
+        total_bytes = int(shape.size_mib * 2**20)
+        weights = nn.ParameterList([nn.Parameter(torch.rand(64, generator=self._random))] if shape.moments else [])
+        frozen_bytes = int(total_bytes * shape.frozen)
+        frozen = round(shape.tensors * shape.frozen)
+        for number in range(frozen):
+            dtype = DTYPES[shape.dtype][number % len(DTYPES[shape.dtype])]
+            data = self._filled(frozen_bytes // frozen // dtype.itemsize, dtype)
+            weights.append(nn.Parameter(data, requires_grad=False))
+        copies = 3 if shape.moments else 1
+        trained = max(1, (shape.tensors - frozen) // copies)
+        for number in range(trained):
+            dtype = DTYPES[shape.dtype][number % len(DTYPES[shape.dtype])]
+            numbers = (total_bytes - frozen_bytes) // copies // trained // dtype.itemsize
+            weights.append(nn.Parameter(self._filled(numbers, dtype)))
+        module = nn.Module()
+        module.weights = weights
+        return module
 
-    def waiting(self) -> None:
-        """Launch small work from Python, then wait 8 ms for a device, as a GPU's host thread does."""
-        for _ in range(400):
-            self._small.add_(1)
-        time.sleep(0.008)
+    def _filled(self, numbers: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(numbers, dtype=dtype).uniform_(-1, 1, generator=self._random)
 
-    def of(self, kind: str) -> Callable[[], None]:
-        """Return the loop of that name."""
-        return self.full if kind == "full" else self.waiting
+    # --- the state --------------------------------------------------------------------------------------------
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return all tensors by a name of their own; names differ between ranks unless the state is replicated.
 
-class Weights(torch.nn.Module):
-    """The bf16 weights of a state as a module's parameters, over the same memory."""
+        torch.distributed.checkpoint takes tensors of one name for replicas and keeps only one of them.
+        """
+        found = {f"{self.prefix}{name}": weight.data for name, weight in self.model.named_parameters()}
+        if self.optimizer is not None:
+            names: dict[torch.Tensor, str] = {weight: name for name, weight in self.model.named_parameters()}
+            for weight, moments in self.optimizer.state.items():
+                for key, tensor in moments.items():
+                    found[f"{self.prefix}{names[weight]}.{key}"] = tensor
+        return found
 
-    def __init__(self, state: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        names = [name for name in state if not name.endswith(("exp_avg", "exp_avg_sq"))]
-        self.names = names
-        self.weights = torch.nn.ParameterList([torch.nn.Parameter(state[name]) for name in names])
+    def state_bytes(self) -> int:
+        """Return the bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.state().values())
 
+    def fingerprint(self) -> str:
+        """Return a digest over all bytes, to prove that a load brought back what was checkpointed."""
+        digest = xxhash.xxh3_128()
+        for _, tensor in sorted(self.state().items()):
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
-class Moments(torch.optim.Optimizer):
-    """Adam's state over the same memory; its step changes nothing, so that a loop's cost is the loop's own."""
+    def change(self) -> None:
+        """Change every trained element, so that no checkpoint finds something that the one before has."""
+        self._changes += 1
+        factor = -2.0 if self._changes % 2 else -0.5
+        with torch.no_grad():
+            if self.optimizer is None:
+                for weight in self.model.parameters():
+                    if weight.requires_grad:
+                        weight.neg_()
+                return
+            for weight, gradient in zip(self._trained, self._gradients, strict=True):
+                weight.grad = gradient if gradient is None else gradient.mul_(factor)
+        self.optimizer.step()
 
-    def __init__(self, module: Weights, state: dict[str, torch.Tensor]) -> None:
-        super().__init__(module.weights, {"lr": 0.0})
-        for name, weight in zip(module.names, module.weights, strict=True):
-            self.state[weight] = {"exp_avg": state[f"{name}.exp_avg"], "exp_avg_sq": state[f"{name}.exp_avg_sq"]}
+    # --- the loops --------------------------------------------------------------------------------------------
 
-    def step(self, closure: object = None) -> None:  # type: ignore[override]
-        """Do nothing; hooks run as for any optimizer."""
+    def prepare(self, kind: str) -> None:
+        """Get ready for a loop: beside a waiting one the optimizer's real work is a device's, and small here."""
+        for number, (weight, gradient) in enumerate(zip(self._trained, self._gradients, strict=True)):
+            weight.grad = gradient if kind == "full" or number == 0 else None
+
+    def work(self, kind: str) -> None:
+        """Do a step's forward and backward."""
+        if kind == "full":
+            for _ in range(MATMULS):
+                torch.mm(self._left, self._right, out=self._out)
+        elif kind == "waiting":
+            for _ in range(SMALL_LAUNCHES):
+                self._small.add_(1)
+            time.sleep(DEVICE_S)
+        else:
+            time.sleep(0.001)
+
+    def optimize(self, kind: str) -> None:
+        """Let the optimizer step: real steps of Adam over every trained tensor, or over a small one."""
+        if kind != "idle" and self.optimizer is not None:
+            self.optimizer.step()

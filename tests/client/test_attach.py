@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,18 +22,10 @@ from ckptd.errors import (
     StateError,
 )
 from ckptd.protocol import messages as m
-from ckptd.storage.image import parse
 from tests.client.fake_agent import FakeAgent
-from tests.daemon.bytes_framework import FAULTS, BytesFramework
+from tests.client.fake_framework import BOUND
+from tests.client.harness import unprotected
 from tests.daemon.harness import open_descriptors
-
-
-def unprotected(capsys: pytest.CaptureFixture[str], because: str) -> None:
-    """Check that exactly one line says so, after one with the reason, and that nothing is left of a session."""
-    reason, verdict = capsys.readouterr().err.splitlines()
-    assert because in reason
-    assert verdict == "ckptd: training goes on UNPROTECTED: nothing will be checkpointed"
-    assert current_run() is None
 
 
 def test_a_fresh_start(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +73,53 @@ def test_a_bad_interval_is_refused(agent: FakeAgent) -> None:
     assert current_run() is None
 
 
+@pytest.mark.parametrize("wanted", ["maybe", "ON", "1"])
+def test_a_bad_overlap_is_refused(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    """An overlap that is none of three words is a `config` error that lists them, as argument and as variable."""
+    for arguments, place in (({"overlap": wanted}, "overlap is"), ({}, "CKPTD_OVERLAP is")):
+        monkeypatch.setenv("CKPTD_OVERLAP", wanted)
+        with pytest.raises(ConfigError, match=f"{place} '{wanted}'") as refused:
+            ckptd.attach(data=bytearray(10), **arguments)
+        assert refused.value.hint == "it is one of auto, on, off"
+    with pytest.raises(ConfigError, match="CKPTD_OVERLAP is"):
+        ckptd.resumable()(lambda run: None)()
+    assert not agent.said
+
+
+def test_an_argument_outweighs_the_environment(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the code says about overlap holds against what the environment says, which holds against the default."""
+    monkeypatch.setenv("CKPTD_OVERLAP", "nonsense")
+    for number, (overlap, variable, hooks) in enumerate(
+        [("off", "on", 0), ("on", "off", 1), (None, "on", 1), (None, "off", 0), (None, "", 1)]
+    ):
+        monkeypatch.setenv("CKPTD_OVERLAP", variable)
+        ckptd.attach(data=bytearray(10), overlap=overlap)
+        assert len(BOUND[number].hooks) == hooks
+        current_run()._end()  # type: ignore[union-attr]
+
+
+def test_the_framework_learns_the_membership(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A binding is told which rank of how many it is in, and which names the user calls replicated."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for replicated in (None, (), ("model",), ["model", "optimizer"]):
+        run = ckptd.attach(model=bytearray(10), optimizer=bytearray(10), rng=False, replicated=replicated)
+        expected = None if replicated is None else tuple(replicated)
+        assert (BOUND[-1].rng, BOUND[-1].membership) == (False, (1, 3, expected))
+        run._end()
+
+
+def test_replicated_names_must_be_attached(agent: FakeAgent) -> None:
+    """A replicated name that names nothing, or a text for names, is a `config` error before anything is asked."""
+    with pytest.raises(ConfigError, match="replicated names 'modle', and nothing of that name is attached") as refused:
+        ckptd.attach(model=bytearray(10), data=bytearray(10), replicated=("model", "modle"))
+    assert refused.value.hint == "attached are 'model', 'data'"
+    with pytest.raises(ConfigError, match="replicated is the text 'model'") as refused:
+        ckptd.attach(model=bytearray(10), replicated="model")
+    assert refused.value.hint == "it is a sequence of names: ('model',)"
+    assert not agent.said
+
+
 def test_state_that_can_not_be_captured_is_refused(agent: FakeAgent) -> None:
     """State that could never be captured is refused by its key before the rank joins, and the agent learns why."""
     with pytest.raises(StateError, match="'lock' is a lock, which can't be captured"):
@@ -103,6 +141,7 @@ def test_a_refused_place_is_raised(agent: FakeAgent, error: CkptdError, strict: 
     with pytest.raises(type(error), match=error.message):
         ckptd.attach(data=bytearray(10), strict=strict)
     assert current_run() is None
+    assert BOUND[0].closed == 1
 
 
 def test_refused_slots_are_raised(agent: FakeAgent) -> None:
@@ -209,84 +248,3 @@ def test_an_adapter_that_is_not_installed_here(agent: FakeAgent) -> None:
     with pytest.raises(StateError, match=r"no\.such\.module:Thing can't be imported") as refused:
         ckptd.attach(data=bytearray(10))
     assert "ckptd[torch]" in str(refused.value.hint)
-
-
-# --- restore ------------------------------------------------------------------------------------------------------
-
-
-def offer(agent: FakeAgent, state: dict[str, Any], step: int = 40, **changes: Any) -> None:
-    """Put an image of a state into a slot of the agent and offer it."""
-    from ckptd.storage.catalog import describe_shard
-
-    image = BytesFramework().bind(state, rng=False).prepare()
-    agent.arena.reserve(0, image.image_bytes, ())
-    view = agent.arena.slots(0)[1].view
-    image.write(view)
-    content = describe_shard(0, view[: image.image_bytes])
-    assert parse(view).image_bytes == image.image_bytes
-    agent.page.seal(1)
-    offered = {
-        "generation": 1,
-        "step": step,
-        "tier": "memory",
-        "slot": 1,
-        "image_bytes": image.image_bytes,
-        "digests": dict(content.tensor_digests),
-    }
-    agent.offer = {**offered, **changes}
-
-
-def test_a_restore(agent: FakeAgent) -> None:
-    """An offer fills the rank's objects in place, and steps go on after its step; the agent learns of it."""
-    offer(agent, {"data": bytearray(b"before"), "epoch": 7})
-    data = bytearray(6)
-    run = ckptd.attach(data=data, epoch=0)
-    assert (data, run.state["epoch"], run.generation) == (b"before", 7, 2)
-    assert run.restored is not None
-    assert run.restored[:3] == (1, 40, "memory")
-    assert run.restored.seconds >= 0
-    assert list(run.steps(42)) == [41, 42]
-    restored = agent.wait_for(m.Restored)
-    assert (restored.generation, restored.step) == (1, 40)
-
-
-def test_a_finished_run_has_nothing_to_do(agent: FakeAgent) -> None:
-    """A run restored at its last step does no step, captures nothing, and ends."""
-    offer(agent, {"data": bytearray(6)}, step=50)
-    with ckptd.attach(data=bytearray(6)) as run:
-        assert list(run.steps(50)) == []
-    assert not agent.heard(m.Seal)
-    assert agent.wait_for(m.Leave) == m.Leave(50)
-
-
-def test_a_state_of_another_shape_is_raised(agent: FakeAgent) -> None:
-    """A checkpoint that does not fit is a `state` error that names the tensor; nothing was changed, the agent knows."""
-    offer(agent, {"data": bytearray(b"before")})
-    data = bytearray(b"smaller"[:3])
-    with pytest.raises(StateError, match="data: 3 bytes now, 6 before"):
-        ckptd.attach(data=data)
-    assert data == b"sma"
-    assert agent.wait_for(m.RestoreFailed).error["code"] == "state"
-    assert current_run() is None
-
-
-def test_a_damaged_offer_is_raised(agent: FakeAgent) -> None:
-    """A snapshot whose digest differs is a `damaged` error, so that the agent never offers it again."""
-    offer(agent, {"data": bytearray(b"before")}, digests={"data": "00", "__ckptd__.values": "00"})
-    with pytest.raises(DamagedError, match="'data' is not what was captured"):
-        ckptd.attach(data=bytearray(6))
-    failed = agent.wait_for(m.RestoreFailed)
-    assert (failed.generation, failed.step, failed.error["code"]) == (1, 40, "damaged")
-
-
-def test_a_fault_of_an_adapter_shows_itself(agent: FakeAgent) -> None:
-    """Whatever an adapter raises while it restores is raised as it is, though its frames still look into the slot."""
-
-    def fail() -> None:
-        raise ZeroDivisionError("in the adapter")
-
-    offer(agent, {"data": bytearray(b"before")})
-    FAULTS["restore"] = fail
-    with pytest.raises(ZeroDivisionError, match="in the adapter"):
-        ckptd.attach(data=bytearray(6))
-    assert current_run() is None

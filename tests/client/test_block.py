@@ -13,7 +13,7 @@ from ckptd.errors import AgentError, StateError
 from ckptd.protocol import messages as m
 from ckptd.protocol.page import Phase
 from tests.client.fake_agent import FakeAgent
-from tests.daemon.bytes_framework import FAULTS
+from tests.client.fake_framework import BOUND, FAULTS
 
 
 def test_leaving_the_block_captures_the_last_step(agent: FakeAgent) -> None:
@@ -181,7 +181,7 @@ def test_leaving_has_a_deadline(
 def test_the_decorator_passes_arguments_and_result(agent: FakeAgent) -> None:
     """A resumable function is called without its run, with all other arguments, and its result comes back."""
 
-    @ckptd.resumable(every=5, store="/x", strict=True)
+    @ckptd.resumable(every=5, store="/x", strict=True, rng=False, overlap="on", replicated=("data",))
     def train_it(run: ckptd.Run, first: int, *rest: int, scale: float = 1.0, **more: int) -> tuple[object, ...]:
         """Train."""
         run.attach(data=bytearray(4))
@@ -189,6 +189,7 @@ def test_the_decorator_passes_arguments_and_result(agent: FakeAgent) -> None:
         return first, rest, scale, more, run.protected
 
     assert train_it(1, 2, 3, scale=0.5, extra=4) == (1, (2, 3), 0.5, {"extra": 4}, True)
+    assert (BOUND[0].rng, BOUND[0].membership.replicated, len(BOUND[0].images)) == (False, ("data",), 4)
     assert (train_it.__name__, train_it.__doc__) == ("train_it", "Train.")
     assert next(iter(inspect.signature(train_it).parameters)) == "run"
     assert agent.heard(m.Join)[0].options == {"store": "/x", "every_s": 5.0}

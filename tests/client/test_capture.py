@@ -13,9 +13,8 @@ from ckptd.client.run import Run
 from ckptd.errors import AgentError, MemoryBudgetError
 from ckptd.protocol import messages as m
 from ckptd.protocol.page import Phase, Word
-from ckptd.storage import image
 from tests.client.fake_agent import FakeAgent
-from tests.daemon.bytes_framework import FAULTS, BytesBinding, BytesFramework
+from tests.client.fake_framework import FAULTS, read
 from tests.daemon.harness import mapped_regions
 
 Attach = Callable[..., Run]
@@ -45,13 +44,12 @@ def capture(agent: FakeAgent, run: Run, ahead: int = 1) -> int:
 
 def captured(agent: FakeAgent, seal: m.Seal) -> dict[str, Any]:
     """Return the state that a sealed slot holds."""
-    view = agent.arena.slots(0)[seal.slot].view[: seal.image_bytes]
-    layout = image.parse(view)
-    state: dict[str, Any] = {span.name: bytearray(span.end - span.begin) for span in layout.spans[:-1]}
-    binding = BytesFramework().bind(state, rng=False)
-    assert isinstance(binding, BytesBinding)
-    binding.restore(view, None)
-    return binding.state
+    return read(agent.slots[seal.slot].contents)
+
+
+def look(run: Run) -> None:
+    """Have the next step look whether the agent is there."""
+    run._look_ns, run._due_ns = 1, 0
 
 
 def faulty(kind: type[BaseException], text: str = "no good") -> Callable[[], None]:
@@ -287,7 +285,7 @@ def test_an_agent_that_hangs_up_is_noticed(
     """A rank looks now and then whether its agent is there, and says once when it isn't, though nothing was due."""
     monkeypatch.setattr("ckptd.client.run._LOOK_EVERY_NS", 0)
     run = attach()
-    run._look_ns = 1
+    look(run)
     for _ in range(10):
         run.step()
     assert run.protected
@@ -304,7 +302,7 @@ def test_an_agent_that_hangs_up_is_an_error_when_strict(agent: FakeAgent, attach
     """With strict, the look that finds the agent gone raises."""
     run = attach(strict=True)
     agent.hang_up()
-    run._look_ns = 1
+    look(run)
     with pytest.raises(AgentError, match="closed the connection"):
         run.step()
 
@@ -314,7 +312,7 @@ def test_a_look_costs_no_answer(agent: FakeAgent, attach: Attach) -> None:
     data = bytearray(b"small")
     run = attach(data=data)
     for _ in range(5):
-        run._look_ns = 1
+        look(run)
         run.step()
     data.extend(bytes(3_000_000))
     capture(agent, run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckptd.client.guard import FAULTS_BEFORE_OPEN, Guard, as_ckptd_error
+from ckptd.client.guard import FAULTS_BEFORE_OPEN, Guard, as_ckptd_error, attempt
 from ckptd.errors import AgentError, CkptdError
 
 
@@ -62,6 +62,32 @@ def test_a_success_resets_the_count() -> None:
             guard.run("a capture", fail)
         guard.run("a capture", lambda: None)
     assert not guard.open
+
+
+def test_kinds_of_work_are_counted_apart() -> None:
+    """A look that succeeds between two captures that fail does not hide them, nor does work that had nothing to do."""
+    guard = Guard(strict=False, on_open=Opened())
+    for number in range(FAULTS_BEFORE_OPEN):
+        assert not guard.open, number
+        guard.run("a capture", fail)
+        guard.run("a look", lambda: None)
+        assert guard.run("a capture", lambda: False) is (None if guard.open else False)
+    assert guard.open
+
+
+def test_an_attempt_only_says_its_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the way out a fault is said and nothing else; what ends a program passes."""
+    done: list[int] = []
+    attempt("closing", done.append, 1)
+    attempt("closing", fail)
+    assert (done, capsys.readouterr().err) == ([1], "ckptd: closing failed: ZeroDivisionError: no good\n")
+    with pytest.raises(KeyboardInterrupt):
+        attempt("closing", interrupt)
+
+
+def interrupt() -> None:
+    """End the program."""
+    raise KeyboardInterrupt
 
 
 def test_strict_raises() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from ckptd.client.capturing import numbers
 from ckptd.client.run import Run, current_run
 from ckptd.errors import StateError
 
@@ -113,7 +114,7 @@ def test_report_converts_late() -> None:
     for step in range(100):
         run.report(loss=Tensor(float(step)))
     assert Tensor.reads == 0
-    assert run._numbers() == {"loss": 99.0}
+    assert numbers(run._values) == {"loss": 99.0}
     assert Tensor.reads == 1
 
 
@@ -149,7 +150,7 @@ def test_what_is_no_number_is_left_out(value: object) -> None:
     """NaN, infinities and whatever is no number are left out of the manifest; the others stay."""
     run = Run()
     run.report(before=1, wrong=value, after=2.5)
-    assert run._numbers() == {"before": 1.0, "after": 2.5}
+    assert numbers(run._values) == {"before": 1.0, "after": 2.5}
 
 
 def test_the_last_report_of_a_name_counts() -> None:
@@ -157,4 +158,4 @@ def test_the_last_report_of_a_name_counts() -> None:
     run = Run()
     run.report(loss=1.0, lr=0.1)
     run.report(loss=2.0)
-    assert run._numbers() == {"loss": 2.0, "lr": 0.1}
+    assert numbers(run._values) == {"loss": 2.0, "lr": 0.1}

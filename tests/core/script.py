@@ -43,12 +43,22 @@ def raised(rank: int, message: str, at_s: float = 0.0, error: dict[str, Any] | N
 class Script:
     """A job machine on a leash. Every verb returns what the machine wants done."""
 
-    def __init__(self, *, ranks: int = 2, every_s: float = 10.0, supervised: bool = True, keep: int = 3, **policy: Any):
+    def __init__(
+        self,
+        *,
+        ranks: int = 2,
+        every_s: float = 10.0,
+        supervised: bool = True,
+        keep: int = 3,
+        slots: int = 2,
+        **policy: Any,
+    ):
         spec = JobSpec(
             "job",
             ranks,
             every_s,
             supervised=supervised,
+            slots=slots,
             retention=RetentionPolicy(keep),
             restart=RestartPolicy(**policy),
         )
@@ -58,7 +68,6 @@ class Script:
         self.pids: dict[int, int] = {}
         self.effects: list[e.Effect] = []
         self.incidents: dict[int, Any] = {}
-        self.slots: dict[int, tuple[int, ...]] = {}
         self._next_pid = 100
 
     @property
@@ -88,9 +97,9 @@ class Script:
         sources = tuple(Source(cid(item), TIER) for item in checkpoints)
         return self.feed(e.StoreRead(sources, last_generation))
 
-    def fetched(self, checkpoint: str, slot: int = 0) -> list[str]:
-        """Answer that a checkpoint is in that slot of every rank."""
-        return self.feed(e.Fetched(Source(cid(checkpoint), TIER), dict.fromkeys(self.ranks, slot), {}))
+    def fetched(self, checkpoint: str, world_size: int | None = None) -> list[str]:
+        """Answer that a checkpoint can be offered."""
+        return self.feed(e.Fetched(Source(cid(checkpoint), TIER), world_size or len(self.ranks)))
 
     def fetch_failed(self, checkpoint: str, error: CkptdError | None = None) -> list[str]:
         """Answer that a checkpoint is damaged."""
@@ -115,7 +124,7 @@ class Script:
         return self._next_pid
 
     def joined(self, rank: int, pid: int | None = None) -> list[str]:
-        """Let a rank ask for its place, and have slots 0 and 1."""
+        """Let a rank ask for its place, and have slots 0 and 1, or all that it may have."""
         if pid is None and rank not in self.pids:
             pid = self._pid()
         self.pids[rank] = self.pids[rank] if pid is None else pid
@@ -125,11 +134,15 @@ class Script:
 
     def lend(self, rank: int, *slots: int) -> list[str]:
         """Lend a rank slots."""
-        return self.feed(e.SlotsLent(rank, slots or (0, 1)))
+        return self.feed(e.SlotsLent(rank, slots or tuple(range(min(2, self.machine.spec.slots)))))
 
     def restored(self) -> list[str]:
         """Let every rank report that it has its state back."""
         return [line for rank in self.ranks for line in self.feed(e.RankRestored(rank, 0.1))]
+
+    def restore_fails(self, rank: int, checkpoint: str, error: CkptdError) -> list[str]:
+        """Let a rank report that it could not use what it was offered."""
+        return self.feed(e.RestoreFailed(rank, cid(checkpoint), error))
 
     def stepped(self, step: int) -> list[str]:
         """Let every rank report its first step."""
@@ -157,9 +170,9 @@ class Script:
         """Let every rank be at a step."""
         return self.feed(e.Progress(dict.fromkeys(self.ranks, step)))
 
-    def sealed(self, rank: int, step: int, slot: int, *, final: bool = False) -> list[str]:
-        """Let a rank seal a step in a slot."""
-        return self.feed(e.RankSealed(rank, step, slot, 4096, 0.1, {"loss": 0.5}, final))
+    def sealed(self, rank: int, step: int, slot: int, *, final: bool = False, **witness: str) -> list[str]:
+        """Let a rank seal a step in a slot, with the digests of a few replicated tensors."""
+        return self.feed(e.RankSealed(rank, step, slot, 4096, 0.1, {"loss": 0.5}, final, witness))
 
     def all_sealed(self, step: int, slot: int, *, final: bool = False) -> list[str]:
         """Let every rank seal a step in the same slot."""
@@ -223,7 +236,9 @@ def show(effect: e.Effect) -> str:
             return f"spawn generation {effect.generation}, restart {effect.restarts}"
         case e.Admit():
             offer = "nothing" if effect.offer is None else f"{effect.offer.id} from {effect.offer.tier}"
-            return f"admit {effect.rank} to {effect.generation} with {offer}"
+            return f"admit {effect.rank} to {effect.generation} with {offer}{', whole' if effect.whole else ''}"
+        case e.Whole():
+            return "whole"
         case e.Announce():
             return f"announce {effect.step}"
         case e.Release():
@@ -231,7 +246,7 @@ def show(effect: e.Effect) -> str:
         case e.Flush():
             return f"flush {effect.id}"
         case e.Prune():
-            return f"prune {' '.join(map(str, effect.ids))}"
+            return f"prune {' '.join(map(str, effect.ids))}, keep {' '.join(map(str, effect.kept))}"
         case e.Kill():
             return f"kill {int(effect.signal)}"
         case e.Dismiss():

@@ -113,7 +113,7 @@ def test_an_answer_that_comes_after_the_stop_changes_nothing(captured, answer):
     assert captured.state == "draining"
     calls = {
         "store": lambda: captured.store("g1/s10"),
-        "fetched": lambda: captured.fetched("g1/s10", slot=0),
+        "fetched": lambda: captured.fetched("g1/s10"),
         "fetch_failed": lambda: captured.fetch_failed("g1/s10"),
         "claimed": lambda: captured.claimed(2),
     }

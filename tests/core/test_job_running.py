@@ -172,7 +172,7 @@ def test_what_retention_lets_go_is_pruned_after_the_commit():
     job.capture(20, 1)
     job.committed("g1/s20")
     job.capture(30, 0)
-    assert job.committed("g1/s30") == ["log checkpoint committed", "prune g1/s10"]
+    assert job.committed("g1/s30") == ["log checkpoint committed", "prune g1/s10, keep g1/s30 g1/s20"]
 
 
 def test_slots_are_needed_before_a_capture(job):

@@ -41,7 +41,7 @@ def test_memory_comes_before_the_disk():
     """Proves that the newest is tried first, and of two copies of one checkpoint the one in memory."""
     plan = plan_restore(sealed("g1/s20"), stored("g1/s20", "g1/s10"), refused=())
     assert order(plan) == ["g1/s20 memory", "g1/s20 local", "g1/s10 local"]
-    assert plan.reasons[-1] == "g1/s20 on memory is the newest complete one"
+    assert plan.reasons[-1] == "g1/s20 in memory is the newest complete one"
 
 
 def test_the_newest_wins_wherever_it_is():
@@ -63,11 +63,15 @@ def test_what_is_not_complete_is_not_offered(state):
 
 
 def test_what_was_refused_is_named_and_left_out():
-    """Proves that a checkpoint which failed to restore is offered from no source, and that the plan says so."""
-    plan = plan_restore(sealed("g1/s20"), stored("g1/s20", "g1/s10"), refused={cid("g1/s20")})
-    assert order(plan) == ["g1/s10 local"]
-    assert "g1/s20 in memory failed to restore before" in plan.reasons
-    assert "g1/s20 on local failed to restore before" in plan.reasons
+    """Proves that a copy which failed to restore is left out, that the plan says so, and that other copies stay."""
+    memory, disk = Source(cid("g1/s20"), MEMORY), Source(cid("g1/s20"), TIER)
+    plan = plan_restore(sealed("g1/s20"), stored("g1/s20", "g1/s10"), refused={memory})
+    assert order(plan) == ["g1/s20 local", "g1/s10 local"]
+    assert plan.reasons[0] == "g1/s20 in memory failed to restore before"
+    plan = plan_restore(sealed("g1/s20"), stored("g1/s20", "g1/s10"), refused={disk})
+    assert order(plan) == ["g1/s20 memory", "g1/s10 local"]
+    assert plan.reasons[0] == "g1/s20 on local failed to restore before"
+    assert order(plan_restore(sealed("g1/s20"), stored("g1/s20", "g1/s10"), refused={memory, disk})) == ["g1/s10 local"]
 
 
 def test_an_older_step_on_purpose():
@@ -78,18 +82,23 @@ def test_an_older_step_on_purpose():
     assert "g1/s20 on local is newer than the step asked for, 15" in plan.reasons
 
 
-@given(st.none() | ids, st.lists(ids, max_size=8, unique=True), st.sets(ids), st.none() | st.integers(0, 20))
+copies = st.builds(Source, ids, st.sampled_from([MEMORY, TIER]))
+
+
+@given(st.none() | ids, st.lists(ids, max_size=8, unique=True), st.sets(copies), st.none() | st.integers(0, 20))
 def test_a_plan_offers_everything_allowed_once_newest_first(newest, on_disk, refused, at_most):
     """Proves that a plan is complete, sorted and free of what is excluded, for any facts."""
     snapshot = None if newest is None else Snapshot(newest, 0.0, SnapshotState.COMMITTED)
     plan = plan_restore(snapshot, [Source(item, TIER) for item in on_disk], refused, at_most)
     offered = [source.id for source in plan.sources]
     assert offered == sorted(offered, reverse=True)
-    allowed = [item for item in [*([newest] if newest else []), *on_disk] if item not in refused]
-    assert sorted(offered) == sorted(item for item in allowed if at_most is None or item.step <= at_most)
+    there = {Source(item, TIER) for item in on_disk} | ({Source(newest, MEMORY)} if newest else set())
+    allowed = {source for source in there - refused if at_most is None or source.id.step <= at_most}
+    assert set(plan.sources) == allowed
+    assert len(plan.sources) == len(allowed)
     assert plan.reasons
     assert plan.fresh == (not offered)
-    if newest in offered:
+    if newest and Source(newest, MEMORY) in allowed:
         assert plan.sources[offered.index(newest)].tier == MEMORY
 
 
@@ -113,7 +122,7 @@ def test_sources_are_tried_one_by_one():
 def test_a_store_whose_every_checkpoint_is_unusable_is_an_error():
     """Proves that there is no silent fresh start once anything was refused or can't be used."""
     made = offers("g1/s20")
-    made.refused.add(cid("g1/s20"))
+    made.refused.add(Source(cid("g1/s20"), TIER))
     with pytest.raises(DamagedError, match="none can be restored") as caught:
         made.plan(None)
     assert "verify" in str(caught.value.hint)
@@ -150,5 +159,5 @@ def test_a_commit_is_offered_first_and_the_pruned_are_forgotten():
 def test_what_a_step_back_can_reach(step, there):
     """Proves that a step back needs a stored checkpoint, or one complete in memory, that is old enough."""
     made = offers("g1/s20", "g1/s10")
-    made.refused.add(cid("g1/s5"))
+    made.refused.add(Source(cid("g1/s5"), MEMORY))
     assert made.reach(step, [sealed("g1/s30"), sealed("g1/s5")]) is there

@@ -1,15 +1,13 @@
-"""Snapshots and slots: single rules on literals, and all of them at once against a model."""
+"""Snapshots and slots: single rules on literals; `test_snapshot_slots` has all of them at once against a model."""
 
 from __future__ import annotations
 
-import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from collections.abc import Mapping
 
-from ckptd.core.snapshots import SnapshotBook, SnapshotEvent, SnapshotState
+import pytest
+
+from ckptd.core.snapshots import SealedShard, SnapshotBook, SnapshotEvent, SnapshotState
 from ckptd.errors import InvariantError
-from ckptd.types import CheckpointId
 from tests.core.script import cid
 
 
@@ -22,12 +20,17 @@ def book() -> SnapshotBook:
     return made
 
 
+def shard(slot: int, reported: Mapping[str, float] | None = None, **witness: str) -> SealedShard:
+    """Return a rank's part."""
+    return SealedShard(slot, 4096, reported or {}, witness)
+
+
 def seal(book: SnapshotBook, text: str, slot: int, *, ranks: tuple[int, ...] = (0, 1)) -> None:
     """Announce a snapshot if need be, and seal it."""
     if cid(text) not in book.snapshots:
         book.announce(cid(text), 0.0)
     for rank in ranks:
-        book.seal(cid(text), (rank, slot), 4096, {}, now_s=1.0)
+        book.seal(cid(text), rank, shard(slot), now_s=1.0)
 
 
 def test_a_snapshot_is_complete_with_the_last_rank(book):
@@ -47,7 +50,7 @@ def test_whose_metrics_count(book, order):
     """Proves that a metric which several ranks report is the lowest rank's, whoever seals last."""
     book.announce(cid("g1/s10"), 0.0)
     for rank in order:
-        book.seal(cid("g1/s10"), (rank, 0), 4096, {"loss": rank + 0.5, f"own{rank}": 1.0}, now_s=1.0)
+        book.seal(cid("g1/s10"), rank, shard(0, {"loss": rank + 0.5, f"own{rank}": 1.0}), now_s=1.0)
     assert book.newest.values == {"loss": 0.5, "own0": 1.0, "own1": 1.0}
 
 
@@ -79,7 +82,7 @@ def test_the_slots_of_an_abandoned_snapshot_come_back(book):
     seal(book, "g1/s10", 0, ranks=(0,))
     book.unsealed[0].move(SnapshotEvent.ABANDON)
     assert book.release() == [(0, 0)]
-    late = book.seal(cid("g1/s10"), (1, 0), 4096, {}, now_s=1.0)
+    late = book.seal(cid("g1/s10"), 1, shard(0), now_s=1.0)
     assert late.state is SnapshotState.VOID
     assert book.release() == [(1, 0)]
     assert book.newest is None
@@ -107,15 +110,6 @@ def test_a_step_back_refuses_what_is_newer(book):
     assert sorted(book.release()) == [(0, 1), (1, 1)]
 
 
-def test_an_adopted_checkpoint_is_complete_and_durable(book):
-    """Proves that what was fetched is offered like any snapshot, and is not flushed again."""
-    book.adopt(cid("g1/s10"), {0: 1, 1: 0}, {0: 4096, 1: 4096})
-    assert book.newest.id == cid("g1/s10")
-    assert book.unflushed is None
-    assert book.held(0) == {1: cid("g1/s10")}
-    assert book.held(1) == {0: cid("g1/s10")}
-
-
 def test_a_generation_counts_before_a_step(book):
     """Proves that a lower step of a newer generation is the newer snapshot."""
     seal(book, "g1/s90", 0)
@@ -132,13 +126,126 @@ def test_slots_lent_anew_do_not_free_what_old_ones_hold(book):
     assert book.can_capture()
 
 
-def test_nothing_is_announced_or_fetched_twice(book):
+def test_nothing_is_announced_twice(book):
     """Proves that a second beginning of the same snapshot is taken for the bug that it is."""
     book.announce(cid("g1/s10"), 0.0)
     with pytest.raises(InvariantError, match="announced twice"):
         book.announce(cid("g1/s10"), 0.0)
-    with pytest.raises(InvariantError, match="though it is in memory"):
-        book.adopt(cid("g1/s10"), {}, {})
+
+
+# --- witnesses --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("witnesses", "differing"),
+    [
+        ([{}, {}, {}], {}),
+        ([{"w": "a"}, {"w": "a"}, {"w": "a"}], {}),
+        ([{"w": "a"}, {}, {}], {}),
+        ([{"w": "a"}, {"v": "b"}, {"u": "c"}], {}),
+        ([{"w": "a"}, {"w": "b"}, {"w": "a"}], {"w": (1,)}),
+        ([{"w": "b"}, {"w": "a"}, {"w": "a"}], {"w": (0,)}),
+        ([{"w": "a"}, {"w": "b"}, {}], {"w": (1,)}),
+        ([{}, {"w": "b"}, {"w": "a"}], {"w": (2,)}),
+        ([{"w": "a"}, {"w": "b"}, {"w": "c"}], {"w": (1, 2)}),
+        ([{"w": "a", "v": "x"}, {"w": "b", "v": "x"}, {"w": "a", "v": "y"}], {"w": (1,), "v": (2,)}),
+    ],
+)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_which_replicas_differ(witnesses, differing, order):
+    """Proves that a tensor which several ranks name has to be the same on all, and who is said to be the odd one."""
+    made = SnapshotBook(3)
+    made.announce(cid("g1/s10"), 0.0)
+    for rank in order:
+        last = made.seal(cid("g1/s10"), rank, shard(0, **witnesses[rank]), now_s=1.0)
+    assert last.differing == differing
+    assert last.state is (SnapshotState.DISPUTED if differing else SnapshotState.SEALED)
+
+
+def test_a_disputed_snapshot_is_neither_offered_nor_flushed(book):
+    """Proves that differing replicas void a snapshot, give its slots back, and leave the one before it in place."""
+    seal(book, "g1/s10", 0)
+    book.announce(cid("g1/s20"), 0.0)
+    book.seal(cid("g1/s20"), 0, shard(1, w="a"), now_s=1.0)
+    book.seal(cid("g1/s20"), 1, shard(1, w="b"), now_s=1.0)
+    assert book.newest.id == book.unflushed.id == cid("g1/s10")
+    assert sorted(book.release()) == [(0, 1), (1, 1)]
+    assert book.can_capture()
+
+
+@pytest.mark.parametrize(
+    ("witnesses", "state"),
+    [
+        (({}, {}), SnapshotState.SEALED),
+        (({"w": "a"}, {}), SnapshotState.DISPUTED),
+        (({}, {"w": "a"}), SnapshotState.DISPUTED),
+        (({"w": "a"}, {"w": "a"}), SnapshotState.DISPUTED),
+    ],
+)
+def test_once_replicas_differ_nothing_that_is_shared_out_counts(book, witnesses, state):
+    """Proves that what a rank shared out before it knew, at an announced step or its last, makes no snapshot."""
+    book.whole = True
+    book.announce(cid("g1/s10"), 0.0)
+    for rank, witness in enumerate(witnesses):
+        last = book.seal(cid("g1/s10"), rank, shard(0, **witness), now_s=1.0)
+    assert last.state is state
+
+
+# --- one slot per rank ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def single() -> SnapshotBook:
+    """A book of two ranks with one slot each."""
+    made = SnapshotBook(2, slots_per_rank=1)
+    for rank in range(2):
+        made.lend(rank, (0,))
+    return made
+
+
+def test_a_single_slot_is_given_up_once_it_is_committed(single):
+    """Proves that the newest snapshot makes room for the next only when a tier has it, and no sooner than asked."""
+    assert single.can_capture()
+    seal(single, "g1/s10", 0)
+    single.make_room()
+    assert (single.can_capture(), single.release()) == (False, [])
+    snapshot = single.snapshots[cid("g1/s10")]
+    snapshot.move(SnapshotEvent.FLUSH)
+    single.make_room()
+    assert (single.can_capture(), single.release()) == (False, [])
+    snapshot.move(SnapshotEvent.FLUSH_FAILED)
+    assert not single.can_capture()
+    snapshot.move(SnapshotEvent.FLUSH)
+    snapshot.move(SnapshotEvent.COMMIT)
+    assert single.can_capture()
+    assert single.release() == []
+    assert single.newest.id == cid("g1/s10")
+    single.make_room()
+    assert single.newest is None
+    assert sorted(single.release()) == [(0, 0), (1, 0)]
+
+
+def test_a_single_slot_that_is_free_costs_nothing(single):
+    """Proves that a snapshot in slots which are not lent any more is kept when larger ones are free."""
+    seal(single, "g1/s10", 0)
+    single.snapshots[cid("g1/s10")].move(SnapshotEvent.FLUSH)
+    single.snapshots[cid("g1/s10")].move(SnapshotEvent.COMMIT)
+    for rank in range(2):
+        single.lend(rank, (1,))
+    single.make_room()
+    assert single.newest.id == cid("g1/s10")
+
+
+def test_of_two_slots_none_is_given_up(book):
+    """Proves that with two slots the newest snapshot stays, committed or not."""
+    seal(book, "g1/s10", 0)
+    for event in (SnapshotEvent.FLUSH, SnapshotEvent.COMMIT):
+        book.snapshots[cid("g1/s10")].move(event)
+    for rank in range(2):
+        book.lend(rank, (0,))
+    book.make_room()
+    assert not book.can_capture()
+    assert book.newest.id == cid("g1/s10")
 
 
 def test_without_slots_nothing_can_be_captured():
@@ -146,143 +253,3 @@ def test_without_slots_nothing_can_be_captured():
     made = SnapshotBook(2)
     made.lend(0, (0, 1))
     assert not made.can_capture()
-
-
-class Slots(RuleBasedStateMachine):
-    """Ranks, a flush and restarts in any order, against a model that knows who may write what.
-
-    `writable` is what the ranks may write: lent, and not handed over by a seal. A rank only ever seals a slot from
-    there, as the control page has it; the book gives it back with `release`.
-    """
-
-    WORLD = 2
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.book = SnapshotBook(self.WORLD)
-        self.step = 0
-        self.generation = 1
-        self.writable = {(rank, slot) for rank in range(self.WORLD) for slot in range(2)}
-        self.content: dict[tuple[int, int], CheckpointId] = {}
-        self.sealed: dict[CheckpointId, dict[int, int]] = {}
-        self.refused: set[CheckpointId] = set()
-        for rank in range(self.WORLD):
-            self.book.lend(rank, (0, 1))
-
-    def settle(self) -> None:
-        """Let the book give slots back, each of which must have been handed over."""
-        complete = self.complete()
-        flushing = None if self.book.flushing is None else self.book.flushing.id
-        for old in complete:
-            if old != max(complete) and old != flushing:
-                del self.sealed[old]  # superseded
-        freed = self.book.release()
-        assert len(set(freed)) == len(freed)
-        for slot in freed:
-            assert slot not in self.writable, f"{slot} was released while nobody held it"
-            self.writable.add(slot)
-
-    def complete(self) -> list[CheckpointId]:
-        """Return what all ranks have sealed and nobody has refused, by the model's own book."""
-        return [item for item, slots in self.sealed.items() if len(slots) == self.WORLD and item not in self.refused]
-
-    @precondition(lambda self: not self.book.unsealed and self.book.can_capture())
-    @rule(gap=st.integers(1, 3))
-    def announce(self, gap):
-        self.step += gap
-        checkpoint = CheckpointId(self.generation, self.step)
-        self.book.announce(checkpoint, 0.0)
-        self.sealed[checkpoint] = {}
-
-    @precondition(lambda self: self.book.unsealed)
-    @rule(rank=st.integers(0, WORLD - 1))
-    def seal(self, rank):
-        checkpoint = self.book.unsealed[0].id
-        if rank in self.sealed[checkpoint]:
-            return
-        slot = min(slot for owner, slot in self.writable if owner == rank)
-        self.writable.remove((rank, slot))
-        self.content[(rank, slot)] = checkpoint
-        self.sealed[checkpoint][rank] = slot
-        self.book.seal(checkpoint, (rank, slot), 1, {}, now_s=0.0)
-        self.settle()
-
-    @precondition(lambda self: self.book.unsealed)
-    @rule()
-    def abandon(self):
-        snapshot = self.book.unsealed[0]
-        snapshot.move(SnapshotEvent.ABANDON)
-        del self.sealed[snapshot.id]
-        self.settle()
-
-    @precondition(lambda self: self.book.unflushed is not None and self.book.flushing is None)
-    @rule()
-    def flush(self):
-        assert self.book.unflushed.id == max(self.complete())
-        self.book.unflushed.move(SnapshotEvent.FLUSH)
-        self.settle()
-
-    @precondition(lambda self: self.book.flushing is not None)
-    @rule(event=st.sampled_from([SnapshotEvent.COMMIT, SnapshotEvent.FLUSH_FAILED]))
-    def flush_ends(self, event):
-        self.book.flushing.move(event)
-        self.settle()
-
-    @precondition(lambda self: self.book.newest is not None)
-    @rule()
-    def restore_fails(self):
-        self.refused.add(self.book.newest.id)
-        self.book.refuse(self.book.newest.id)
-        self.settle()
-
-    @precondition(lambda self: not self.book.unsealed)
-    @rule()
-    def restart(self):
-        self.generation += 1
-        self.step = self.book.newest.id.step if self.book.newest else 0
-
-    @precondition(lambda self: self.book.newest is None and self.book.flushing is None and not self.book.unsealed)
-    @rule()
-    def fetch(self):
-        self.step += 1
-        checkpoint = CheckpointId(self.generation, self.step)
-        slots = {rank: min(slot for owner, slot in self.writable if owner == rank) for rank in range(self.WORLD)}
-        for place in slots.items():
-            self.writable.remove(place)
-            self.content[place] = checkpoint
-        self.sealed[checkpoint] = dict(slots)
-        self.book.adopt(checkpoint, slots, {})
-        self.generation += 1
-
-    @invariant()
-    def the_newest_complete_is_held(self):
-        complete = self.complete()
-        assert (self.book.newest is None) == (not complete)
-        if complete:
-            newest = self.book.newest
-            assert newest.id == max(complete)
-            for place in newest.slots.items():
-                assert place not in self.writable
-                assert self.content[place] == newest.id
-
-    @invariant()
-    def what_is_flushed_is_held(self):
-        if self.book.flushing is not None:
-            for place in self.book.flushing.slots.items():
-                assert place not in self.writable
-                assert self.content[place] == self.book.flushing.id
-
-    @invariant()
-    def no_slot_is_held_twice(self):
-        places = [place for item in self.book.snapshots.values() for place in item.slots.items()]
-        assert len(places) == len(set(places))
-        assert sum(item.state is SnapshotState.FLUSHING for item in self.book.snapshots.values()) <= 1
-        held = {(rank, slot) for rank in range(self.WORLD) for slot in self.book.held(rank)}
-        assert held.isdisjoint(self.writable)
-
-
-Slots.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-
-
-class TestSlots(Slots.TestCase):
-    """Proves that in any order of events no slot is held twice or released while needed, and the newest stays."""

@@ -18,7 +18,8 @@ README = Path(job_states.__file__).with_name("README.md")
 TABLES = [
     pytest.param(JOB_TABLE, JobState.PENDING, TERMINAL, JobEvent, id="job"),
     pytest.param(
-        SNAPSHOT_TABLE, SnapshotState.ANNOUNCED, {SnapshotState.VOID, SnapshotState.SUPERSEDED}, SnapshotEvent,
+        SNAPSHOT_TABLE, SnapshotState.ANNOUNCED,
+        {SnapshotState.DISPUTED, SnapshotState.VOID, SnapshotState.SUPERSEDED}, SnapshotEvent,
         id="snapshot",
     ),
 ]  # fmt: skip

@@ -6,15 +6,20 @@ State: every `bytearray` is a tensor, everything else is a plain value of JSON. 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+from ckptd.client.framework import Membership, OfferedCheckpoint
 from ckptd.errors import DamagedError, StateError
 from ckptd.plugin import FrameworkSpec, hookimpl
 from ckptd.storage import image as shard
-from ckptd.storage.digest import digest
+from ckptd.storage import manifest
+from ckptd.storage.digest import tensor_digest
+from ckptd.storage.selection import chunks_for
+from ckptd.types import TensorSpan
 
 FAULTS: dict[str, Callable[[], object]] = {}
 """By "prepare", "write" or "restore": called there, to raise or to look."""
@@ -54,18 +59,21 @@ def install(folder: Path) -> dict[str, str]:
 class BytesFramework:
     """The `Framework`."""
 
-    def bind(self, state: Mapping[str, Any], *, rng: bool) -> BytesBinding:
+    def bind(self, state: Mapping[str, Any], *, rng: bool, membership: Membership) -> BytesBinding:
         """Bind the named objects."""
-        return BytesBinding(dict(state))
+        return BytesBinding(dict(state), membership)
 
 
 class BytesBinding:
-    """The `Binding`."""
+    """The `Binding`. Every rank captures all of its state; `replicated` objects are compared by their witness."""
 
-    def __init__(self, state: dict[str, Any]) -> None:
+    overlaps_by_default = False
+
+    def __init__(self, state: dict[str, Any], membership: Membership) -> None:
         self.state = state
+        self._membership = membership
 
-    def prepare(self) -> BytesImage:
+    def prepare(self, step: int, *, whole: bool = False) -> BytesImage:
         """Collect the state; a value that JSON can't hold is refused by name."""
         _fault("prepare")
         tensors = {name: value for name, value in self.state.items() if isinstance(value, bytearray)}
@@ -77,29 +85,50 @@ class BytesBinding:
                 except TypeError as error:
                     raise StateError(f"state {name!r} is a {type(value).__name__}, which can't be captured") from error
                 values[name] = value
-        return BytesImage(tensors, json.dumps(values).encode())
+        return BytesImage(tensors, json.dumps(values).encode(), () if whole else self._membership.replicated or ())
 
-    def restore(self, image: memoryview, digests: Mapping[str, str] | None) -> None:
-        """Fill the state in place."""
+    def before_optimizer_steps(self, wait: Callable[[], None]) -> None:
+        """Do nothing: no copy is ever pending."""
+
+    def restore(self, offered: OfferedCheckpoint) -> None:
+        """Fill the state in place, from the rank's own shard, or that of another rank if the job has grown."""
         _fault("restore")
-        layout = shard.parse(image)
-        for span in layout.spans:
-            if digests is not None and digest(image[span.begin : span.end]) != digests[span.name]:
-                raise DamagedError(f"tensor {span.name!r} is not what was captured")
-        for span in layout.spans[:-1]:
-            if len(self.state[span.name]) != span.end - span.begin:
-                raise StateError(f"{span.name}: {len(self.state[span.name])} bytes now, {span.end - span.begin} before")
-        for span in layout.spans[:-1]:
-            self.state[span.name][:] = image[span.begin : span.end]
-        self.state.update(json.loads(shard.read_values(image, layout.values)))
+        read = manifest.parse(json.dumps(offered.document).encode(), "that is offered")
+        entries = {
+            name: chunks_for(tensor, self._membership.rank, read.world_size, (0,), tensor.shape or (0,))[0]
+            for name, tensor in read.tensors.items()
+        }
+        opened = offered.open(sorted({chunk.file for chunk in entries.values()}))
+        found = {name: _read(name, chunk, opened[chunk.file]) for name, chunk in entries.items()}
+        blob = found.pop(shard.VALUES_NAME)
+        for name, data in found.items():
+            if len(self.state[name]) != len(data):
+                raise StateError(f"{name}: {len(self.state[name])} bytes now, {len(data)} before")
+        for name, data in found.items():
+            self.state[name][:] = data
+        span = TensorSpan(shard.VALUES_NAME, "U8", (len(blob),), 0, len(blob))
+        self.state.update(json.loads(shard.read_values(memoryview(blob), span)))
+
+    def close(self) -> None:
+        """Nothing was changed."""
+
+
+def _read(name: str, chunk: manifest.Chunk, descriptor: int) -> bytes:
+    data = os.pread(descriptor, chunk.end - chunk.begin, chunk.begin)
+    if len(data) < chunk.end - chunk.begin:
+        raise DamagedError(f"the file {chunk.file} is cut short")
+    if chunk.digest is not None and tensor_digest(memoryview(data)).value != chunk.digest:
+        raise DamagedError(f"tensor {name!r} is not what was captured")
+    return data
 
 
 class BytesImage:
     """The `PreparedImage`."""
 
-    def __init__(self, tensors: Mapping[str, bytearray], values: bytes) -> None:
+    def __init__(self, tensors: Mapping[str, bytearray], values: bytes, compared: Collection[str]) -> None:
         self._tensors = tensors
         self._values = values
+        self._compared = compared
         specs = [shard.TensorSpec(name, "U8", (len(value),)) for name, value in tensors.items()]
         self._layout = shard.plan(specs, len(values), {"format": "pt", "ckptd.framework": "bytes"})
         self.image_bytes = self._layout.image_bytes
@@ -113,6 +142,14 @@ class BytesImage:
             place[:] = self._tensors[span.name]
         _fault("write")
         shard.write_values(slot, self._layout.values, self._values)
+
+    def begin(self, slot: memoryview) -> None:
+        """Write everything at once: there is no optimizer whose steps could be waited for."""
+        self.write(slot)
+
+    def witness(self) -> Mapping[str, str]:
+        """Return the digests of what is said to be the same on all ranks."""
+        return {name: tensor_digest(memoryview(self._tensors[name])).value for name in self._compared}
 
 
 def _fault(where: str) -> None:

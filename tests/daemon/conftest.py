@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.daemon.harness import AgentThread, Node, open_descriptors, until, use_bytes_framework
+from tests.daemon.speaker import Speaker
 
 
 @pytest.fixture
@@ -42,3 +43,11 @@ def start_agent(node: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 def agent(start_agent: Callable[..., AgentThread]) -> AgentThread:
     """An agent in a thread, with the adapter for plain bytes."""
     return start_agent()
+
+
+@pytest.fixture
+def speaker(node: Node, agent: AgentThread) -> Iterator[Speaker]:
+    """A rank that has greeted the agent."""
+    speaker = Speaker(node)
+    yield speaker
+    speaker.close()

@@ -30,6 +30,7 @@ from ckptd.daemon.supervisor import Supervisor
 from ckptd.journal import Journal
 from ckptd.log import set_up
 from ckptd.plugin.manager import PluginManager
+from ckptd.storage import manifest
 from tests.daemon import bytes_framework
 
 Result = TypeVar("Result")
@@ -247,6 +248,13 @@ class Node:
     def manifests(self, job: str = "job") -> list[Path]:
         """Return the manifests of a job's commits, oldest first."""
         return sorted((self.store / job).glob("g*/s*/manifest.json"))
+
+    def stored(self, path: Path, rank: int = 0, name: str = "data") -> bytes:
+        """Return the bytes of a rank's tensor as a manifest says where they lie."""
+        (chunk,) = [
+            chunk for chunk in manifest.parse(path.read_bytes(), str(path)).tensors[name].chunks if chunk.shard == rank
+        ]
+        return (path.parents[2] / chunk.file).read_bytes()[chunk.begin : chunk.end]
 
     def close(self) -> None:
         """End what still runs, then fail if anything but that was left."""

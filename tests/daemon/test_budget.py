@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -126,7 +125,22 @@ def test_a_margin_stays_free(kernel: Kernel) -> None:
         f"not enough memory for slots: 2 slots of rank 3 need 768.0 MiB ({1 * GIB - 256 * MIB + 1} bytes),"
         " 1.0 GiB are available and 256.0 MiB of them stay free"
     )
-    assert "each rank needs two slots" in str(refused.value.hint)
+    assert refused.value.hint == "free some memory"
+
+
+@pytest.mark.parametrize("limit", ["machine", "memory_max"])
+def test_a_refusal_says_how_to_need_less(kernel: Kernel, limit: str) -> None:
+    """The hint has the number of slots that a rank really has, and `--slots 1` where that would help."""
+    Kernel(kernel.root, 300 * MIB)
+    way_out = "free some memory" if limit == "machine" else "raise CKPTD_MEMORY_MAX"
+    for slots, said in (
+        (1, " or use a smaller model: each rank needs a slot of its state's size"),
+        (3, ", or use `--slots 1`: each rank has 3 slots of its state's size, and with one there is no snapshot"),
+    ):
+        arena = Arena("job", Budget(MIB if limit == "memory_max" else 0, kernel.root), slots)
+        with pytest.raises(MemoryBudgetError, match=f"{slots} slots? of rank 7 of job job need") as refused:
+            arena.reserve(7, 60 * MIB, ())
+        assert str(refused.value.hint).startswith(way_out + said)
 
 
 def test_memory_max_holds_over_all_jobs(kernel: Kernel) -> None:
@@ -167,31 +181,16 @@ def test_memory_is_not_counted_twice_while_it_is_reserved(kernel: Kernel, monkey
     arena = Arena("job", budget, 1)
     asked: list[BaseException | None] = []
     kernel_bytes = 2 * GIB
-    fallocate = os.posix_fallocate
 
-    def reserve(descriptor: int, at: int, size: int) -> None:
+    def reserve(_: int, __: int, at: int, size: int) -> None:
         nonlocal kernel_bytes
-        fallocate(descriptor, at, 4096)  # a stand-in: the test should not need the memory that it talks of
-        kernel_bytes -= size
+        kernel_bytes -= size  # a stand-in: the test should not need the memory that it talks of
         Kernel(kernel.root, kernel_bytes)
         if at == 512 * MIB:  # nine pieces of 64 MiB are there, of the 1056 MiB that the first one gets
             with ThreadPoolExecutor(1) as other:
                 asked.append(other.submit(budget.take, 600 * MIB, "the other's slots").exception())
 
-    class Map:
-        """A map of which nothing is read."""
-
-        def __init__(self, _: int, size: int, __: int) -> None:
-            self._size = size
-
-        def __len__(self) -> int:
-            return self._size
-
-        def close(self) -> None:
-            """Nothing to do."""
-
-    monkeypatch.setattr("ckptd.daemon.arena.os.posix_fallocate", reserve)
-    monkeypatch.setattr("ckptd.daemon.arena.mmap.mmap", Map)
+    monkeypatch.setattr("ckptd.daemon.region._reserve", reserve)
     arena.reserve(0, 1 * GIB, ())
     arena.close()
     assert asked == [None]

@@ -71,9 +71,9 @@ def test_an_older_flush_is_no_answer(
     """A checkpoint asked for while an older one is still being written is answered with one that was made after it."""
     put, go_on = LocalTier.put, threading.Event()
 
-    def slow(self: LocalTier, key: str, data: Any, *, create_only: bool = False) -> None:
+    def slow(self: LocalTier, key: str, data: Any, **options: Any) -> None:
         go_on.wait(PATIENCE_S)
-        put(self, key, data, create_only=create_only)
+        put(self, key, data, **options)
 
     monkeypatch.setattr(LocalTier, "put", slow)
     old = ask(m.Control("job", "checkpoint"))

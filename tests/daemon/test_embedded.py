@@ -72,7 +72,7 @@ def test_an_agent_that_is_stopped_while_a_rank_trains_on(node: Node) -> None:
     agent.send_signal(signal.SIGTERM)
     until(lambda: puppet.train(1, 0.002) and not node.agents(), "the end of the agent")
     assert len(node.manifests()) == 1
-    puppet.do("run._look_ns = 1")
+    puppet.do("run._look_ns = run._due_ns = 1")
     puppet.train(100)
     assert puppet.said.count("UNPROTECTED") == 1
     assert puppet.do("result = run.protected") is False
@@ -85,7 +85,7 @@ def test_a_killed_agent_is_noticed(node: Node) -> None:
     puppet.train_until(node.manifests, "a commit")
     (agent,) = node.agents()
     agent.kill()
-    puppet.do("import ckptd.client.run\nckptd.client.run._LOOK_EVERY_NS = 10**6\nrun._look_ns = 1")
+    puppet.do("import ckptd.client.run\nckptd.client.run._LOOK_EVERY_NS = 10**6\nrun._look_ns = run._due_ns = 1")
     until(lambda: puppet.train(1, 0.001) and not puppet.do("result = run.protected"), "its being noticed")
     assert puppet.train(10) > 0
     assert puppet.said.count("UNPROTECTED") == 1

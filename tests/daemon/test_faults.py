@@ -21,10 +21,10 @@ def test_a_store_that_fails_for_a_while(node: Node, agent: AgentThread, monkeypa
     """While the store fails, training goes on and the newest snapshot stays in memory; it is committed afterwards."""
     put, broken = LocalTier.put, threading.Event()
 
-    def fail(self: LocalTier, key: str, data: Any, *, create_only: bool = False) -> None:
+    def fail(self: LocalTier, key: str, data: Any, **options: Any) -> None:
         if broken.is_set() and key.endswith(".safetensors"):
             raise StoreError("the disk is full")
-        put(self, key, data, create_only=create_only)
+        put(self, key, data, **options)
 
     monkeypatch.setattr(LocalTier, "put", fail)
     puppet = node.puppet()
@@ -45,24 +45,24 @@ def test_a_store_that_fails_for_a_while(node: Node, agent: AgentThread, monkeypa
     assert again.data() == contents(restored, SIZE)
 
 
-def test_a_stop_during_a_fetch(
+def test_a_stop_while_a_checkpoint_is_looked_at(
     node: Node, start_agent: Callable[..., AgentThread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job that is stopped while a checkpoint is fetched for it ends at once, and its agent once the fetch has."""
+    """A job that is stopped while a checkpoint is looked at for it ends at once, and its agent once that is done."""
     first = start_agent()
     puppet = node.puppet()
     puppet.attach(SIZE)
     puppet.train_until(first.committed, "a commit")
     puppet.kill()
     first.close()
-    read, begun, go_on = LocalTier.read_into, threading.Event(), threading.Event()
+    size, begun, go_on = LocalTier.size_bytes, threading.Event(), threading.Event()
 
-    def slow(self: LocalTier, key: str, offset: int, into: memoryview) -> None:
+    def slow(self: LocalTier, key: str) -> int:
         begun.set()
         go_on.wait(PATIENCE_S)
-        read(self, key, offset, into)
+        return size(self, key)
 
-    monkeypatch.setattr(LocalTier, "read_into", slow)
+    monkeypatch.setattr(LocalTier, "size_bytes", slow)
     second = start_agent()
     waiting = node.puppet()
     waiting.start_attach(SIZE)
@@ -76,7 +76,7 @@ def test_a_stop_during_a_fetch(
 
 
 def test_a_damaged_checkpoint_is_passed_over(node: Node, start_agent: Callable[..., AgentThread]) -> None:
-    """A fetch that finds damage goes on to the checkpoint before it, and the slots of the first try are used again."""
+    """A checkpoint of which a file is cut short is not offered, and the one before it is."""
     first = start_agent()
     puppet = node.puppet()
     puppet.attach(SIZE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,45 +14,9 @@ from ckptd.config import JobConfig
 from ckptd.core.events import Progress
 from ckptd.errors import AgentError, CkptdError, ConfigError, NotFoundError
 from ckptd.protocol import messages as m
-from ckptd.protocol.channel import open_channel
-from ckptd.protocol.page import ControlPage, Word
+from ckptd.protocol.page import Word
 from tests.daemon.harness import PATIENCE_S, AgentThread, Node, PuppetError, until
-
-
-class Speaker:
-    """A rank that speaks the protocol itself, in the test's own process."""
-
-    def __init__(self, node: Node, role: str = "rank") -> None:
-        self.channel, _ = open_channel(str(node.socket), role, PATIENCE_S)
-        self.page: ControlPage | None = None
-        self._options = {"store": str(node.store), "every_s": 0.1}
-
-    def ask(self, message: m.Message) -> m.Message:
-        """Send a request and return the answer; a refusal is raised."""
-        return self.channel.call(message, PATIENCE_S)
-
-    def join(self, job: str = "job", **options: Any) -> m.Message:
-        """Join a job as its only rank; the page is mapped and let go of."""
-        answer = self.ask(m.Join(job, 0, 1, 0, {**self._options, **options}))
-        (descriptor,) = self.channel.take_descriptors(1)
-        self.page = ControlPage(descriptor)
-        os.close(descriptor)
-        assert self.page.valid
-        return answer
-
-    def close(self) -> None:
-        """Go without a word."""
-        self.channel.close()
-        if self.page is not None:
-            self.page.close()
-
-
-@pytest.fixture
-def speaker(node: Node, agent: AgentThread) -> Iterator[Speaker]:
-    """A rank that has greeted the agent."""
-    speaker = Speaker(node)
-    yield speaker
-    speaker.close()
+from tests.daemon.speaker import Speaker
 
 
 def refused(speaker: Speaker, message: m.Message) -> CkptdError:
@@ -207,7 +170,17 @@ def test_what_is_not_for_ranks_is_refused(speaker: Speaker, node: Node) -> None:
     ctl.close()
 
 
-@pytest.mark.parametrize("options", [{"every_s": "soon"}, {"slots": 1}, {"nosuch": 1}, {"store": "nfs4://x"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every_s": "soon"},
+        {"slots": 0},
+        {"overlap": "maybe"},
+        {"flush_max_bytes_per_s": -1},
+        {"nosuch": 1},
+        {"store": "nfs4://x"},
+    ],
+)
 def test_bad_options_are_refused(node: Node, speaker: Speaker, agent: AgentThread, options: dict[str, Any]) -> None:
     """What can't be a setting is refused when the first rank joins, and the name is free for a better try."""
     with pytest.raises(CkptdError):
@@ -223,11 +196,19 @@ OBJECT = st.dictionaries(
 )
 SAID = st.one_of(
     st.builds(m.Reserve, WORD.filter(lambda size: size < 2**24)),
+    st.builds(m.Open, st.lists(st.text(max_size=5), max_size=3) | st.just(["x"] * 65)),
     st.builds(m.Restored, WORD, WORD, NUMBER),
     st.builds(m.RestoreFailed, WORD, WORD, OBJECT),
     st.builds(m.Stepped, WORD, NUMBER),
     st.builds(
-        m.Seal, WORD, st.integers(-1, 3), WORD, NUMBER, st.dictionaries(st.text(max_size=3), NUMBER), st.booleans()
+        m.Seal,
+        WORD,
+        st.integers(-1, 3),
+        WORD,
+        NUMBER,
+        st.dictionaries(st.text(max_size=3), NUMBER),
+        st.booleans(),
+        st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=2),
     ),
     st.builds(m.Missed, WORD, WORD, st.none() | OBJECT),
     st.builds(m.Request, WORD),

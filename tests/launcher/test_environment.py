@@ -31,6 +31,7 @@ def test_rank_env_has_exactly_torchruns_names_and_ours():
         generation=5,
         restarts=4,
         max_restarts=9,
+        overlap="off",
         group_rank=1,
         group_world_size=2,
     )
@@ -53,6 +54,7 @@ def test_rank_env_has_exactly_torchruns_names_and_ours():
         "CKPTD_SOCKET": "/run/ckptd.sock",
         "CKPTD_JOB": "gpt",
         "CKPTD_GENERATION": "5",
+        "CKPTD_OVERLAP": "off",
     }
 
 

@@ -21,6 +21,7 @@ CALLS: dict[str, Callable[[Tier], Any]] = {
     "get": lambda tier: tier.get("a"),
     "size_bytes": lambda tier: tier.size_bytes("a"),
     "read_into": lambda tier: tier.read_into("a", 0, memoryview(bytearray(1))),
+    "open": lambda tier: tier.open("a"),
     "list": lambda tier: list(tier.list("")),
     "delete": lambda tier: tier.delete("a"),
     "check_writable": lambda tier: tier.check_writable(),
@@ -57,7 +58,7 @@ class Failing(MemoryTier):
         """Raise."""
         raise self.error
 
-    put = get = size_bytes = read_into = list = delete = check_writable = fail
+    put = get = size_bytes = read_into = open = list = delete = check_writable = fail
 
 
 @pytest.mark.parametrize("call", sorted(CALLS))

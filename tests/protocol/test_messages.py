@@ -184,6 +184,8 @@ def test_a_field_of_another_type_is_named(kind: type[Message]) -> None:
 @pytest.mark.parametrize(
     ("kind", "field", "value"),
     [(Welcome, "frameworks", [{"name": 1}]), (Welcome, "frameworks", ["torch"]), (Seal, "values", {"loss": "low"}),
+     (Seal, "witness", {"w": 1}), (messages.Open, "files", ["a", 1]), (messages.Opened, "files", "a"),
+     (messages.Admitted, "offer", "g1/s5"),
      (messages.Lent, "slots", [1, "2"]), (messages.Spawn, "env", {"A": 1})],
 )  # fmt: skip
 def test_what_is_inside_is_checked(kind: type[Message], field: str, value: object) -> None:

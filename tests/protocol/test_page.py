@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from ckptd.protocol import page as p
 from ckptd.protocol.page import MAX_SLOTS, NEVER, ControlPage, Phase, Word
 
-_AGENT_WORDS = {Word.MAGIC, Word.VERSION, Word.CAPTURE_STEP, *range(Word.SLOT_RELEASED, Word.SLOT_RELEASED + MAX_SLOTS)}
+_AGENT_WORDS = {
+    Word.MAGIC,
+    Word.VERSION,
+    Word.CAPTURE_STEP,
+    Word.WHOLE,
+    *range(Word.SLOT_RELEASED, Word.SLOT_RELEASED + MAX_SLOTS),
+}
 _RANK_WORDS = {Word.STEP, Word.BEAT_NS, Word.PHASE, *range(Word.SLOT_SEALED, Word.SLOT_SEALED + MAX_SLOTS)}
 
 

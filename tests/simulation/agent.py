@@ -15,8 +15,10 @@ from ckptd.core.policy.retention import RetentionPolicy
 from ckptd.errors import AgentError
 from ckptd.types import CheckpointId, Evidence
 from tests.simulation import storage
+from tests.simulation.disk import File, Manifest
 from tests.simulation.launchers import Launcher, evidence_of
-from tests.simulation.memory import NEVER, Arena, Slot
+from tests.simulation.memory import NEVER, Arena, Page
+from tests.simulation.offers import Offer
 from tests.simulation.ranks import RankProcess
 
 if TYPE_CHECKING:
@@ -42,11 +44,18 @@ class ModelAgent:
         self.launcher: Launcher | None = None
         self.exited: set[int] = set()
         self.known_digests: set[CheckpointId] = set()
+        self.earlier: Manifest | None = None
+        """The checkpoint to which the next flush may refer."""
+        self.known_files: dict[CheckpointId, set[File]] = {}
+        """What checkpoints need that this agent has committed or looked at."""
+        self.left_over: set[CheckpointId] = set()
+        """Checkpoints that were pruned; others may still need files of theirs."""
+        self.offer: Offer | None = None
         self._wanted: int | None = None
         self._inputs: deque[e.Input] = deque()
         self._busy = False
         spec = JobSpec(
-            "job", options.world_size, options.every_s, supervised=options.supervised,
+            "job", options.world_size, options.every_s, supervised=options.supervised, slots=options.slots,
             retention=RetentionPolicy(options.keep_last), restart=PATIENT,
         )  # fmt: skip
         self.machine = JobMachine(spec, node.witness.next_incident)
@@ -78,6 +87,7 @@ class ModelAgent:
                 self.node.note("in", event)
             self._carry_out(effects)
             if self.alive:
+                self._withdraw_offer()
                 self.node.witness.after(event, self)
         self._busy = False
 
@@ -107,6 +117,8 @@ class ModelAgent:
                 self._join(process, message[1])
         elif process not in self.connections:
             return
+        elif isinstance(message, tuple) and message[0] == "open":
+            process.answer(self.offer)
         elif isinstance(message, tuple) and message[0] == "reserve":
             self.node.clock.start(self, "reserve", self._reserve(process, message[1]))
         elif isinstance(message, tuple):
@@ -182,6 +194,10 @@ class ModelAgent:
                     process.page.release(effect.slot)
             case e.Admit():
                 self._admit(effect)
+            case e.Whole():
+                for process in self.ranks.values():
+                    if process.page is not None:
+                        process.page.whole = True
             case e.Dismiss():
                 if effect.rank in self.ranks:
                     self._dismiss(self.ranks[effect.rank])
@@ -197,7 +213,7 @@ class ModelAgent:
             case e.Claim():
                 self._start(storage.claim(self, effect), "claim")
             case e.Fetch():
-                self._start(storage.fetch(self, effect.source), "fetch")
+                self._start(storage.check(self, effect.source), "fetch")
             case e.Flush():
                 self._start(storage.flush(self, effect), "flush")
             case e.Prune():
@@ -222,15 +238,24 @@ class ModelAgent:
         process = self.ranks.get(order.rank)
         self.node.witness.require(process is not None, f"rank {order.rank} is admitted and not connected")
         assert process is not None
-        held = self.machine.keeper.book.held(order.rank)
-        offer = None
-        if order.offer is not None:
-            snapshot = self.machine.keeper.book.snapshots.get(order.offer.id)
-            self.node.witness.require(snapshot is not None, f"{order.offer} is offered and not in memory")
-            assert snapshot is not None
-            offer = {"id": order.offer.id, "slot": snapshot.slots[order.rank]}
-        process.offered = None if offer is None else offer["slot"]
-        process.admit(order.generation, set(held), offer)
+        process.page = Page(set(self.machine.keeper.book.held(order.rank)))
+        process.page.whole = order.whole
+        if order.offer is None:
+            process.admit(order.generation, None)
+            return
+        if self.offer is None or self.offer.generation != order.generation:
+            self.offer = Offer.make(self, order)
+        self._start(self._admit_with(process, self.offer), "offer")
+
+    def _admit_with(self, process: RankProcess, offer: Offer) -> storage.Steps:
+        """Let a rank in once its offer is described: that takes a thread, for a snapshot that was not flushed."""
+        yield offer.ready
+        process.admit(offer.generation, offer.source)
+
+    def _withdraw_offer(self) -> None:
+        generation = self.machine.generation
+        if generation is not None and generation.all_in(generation.restored):
+            self.offer = None
 
     def _dismiss(self, process: RankProcess) -> None:
         if process.leaving is not None:
@@ -243,22 +268,9 @@ class ModelAgent:
         numbers = self.arena.reserve(process.rank, size, held)
         if process not in self.connections:
             return
-        lent = set(numbers)
-        if process.offered is not None and process.offered in self.arena.slots[process.rank]:
-            lent.add(process.offered)
-        process.lent = tuple(sorted(lent))
+        process.lent = tuple(numbers)
         process.answer({number: self.arena.slots[process.rank][number] for number in process.lent})
         self.feed(e.SlotsLent(process.rank, tuple(numbers)))
-
-    def free_slot(self, rank: int, size: int) -> Slot:
-        """Return a slot that holds nothing, making one if every slot is held."""
-        held = set(self.machine.keeper.book.held(rank))
-        numbers = self.arena.reserve(rank, size, held)
-        free = [number for number in numbers if number not in held]
-        if not free:
-            numbers = self.arena.reserve(rank, size, held, len(numbers) + 1)
-            free = [number for number in numbers if number not in held]
-        return self.arena.slots[rank][free[0]]
 
     def _end(self, end: e.End) -> None:
         if self.launcher is not None:

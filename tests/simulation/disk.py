@@ -1,11 +1,14 @@
-"""The model's disk: shards, manifests and generation records. It survives the agent; a write may not."""
+"""The model's disk: files, manifests and generation records. It survives the agent; a write may not."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from ckptd.types import CheckpointId
-from tests.simulation.memory import Content
+from tests.simulation.memory import PARTS, Cell, Content
+
+File = tuple[CheckpointId, int]
+"""The file that a rank's shard of a checkpoint has made."""
 
 
 @dataclass(slots=True)
@@ -14,6 +17,13 @@ class Manifest:
 
     id: CheckpointId
     digests: dict[int, Content]
+    places: dict[int, tuple[CheckpointId, ...]]
+    """Whose file of the same rank holds which part: an older one's, when the part has not changed since."""
+
+    @property
+    def files(self) -> set[File]:
+        """Every file that it needs."""
+        return {(place, rank) for rank, places in self.places.items() for place in places}
 
 
 @dataclass(slots=True)
@@ -21,16 +31,32 @@ class Disk:
     """The store of the job. `changes` counts every write, so that a checker knows when to look again."""
 
     manifests: dict[CheckpointId, Manifest] = field(default_factory=dict)
-    shards: dict[tuple[CheckpointId, int], Content] = field(default_factory=dict)
+    files: dict[File, Content] = field(default_factory=dict)
     parents: dict[int, CheckpointId | None] = field(default_factory=dict)
-    damaged: set[CheckpointId] = field(default_factory=set)
-    """Checkpoints of which the simulation has flipped a shard."""
+    flipped: set[CheckpointId] = field(default_factory=set)
+    """Checkpoints of which the simulation has damaged a byte of their own: only who reads it can tell."""
+    cut: set[CheckpointId] = field(default_factory=set)
+    """Checkpoints of which the simulation has cut a file in half: a look at its size tells."""
     generation_counter: int = 0
     changes: int = 0
 
-    def put_shard(self, checkpoint: CheckpointId, rank: int, content: Content) -> None:
-        """Write a shard, whole or not."""
-        self.shards[(checkpoint, rank)] = content
+    @property
+    def damaged(self) -> set[CheckpointId]:
+        """What the simulation has damaged."""
+        return self.flipped | self.cut
+
+    def read(self, manifest: Manifest, rank: int, part: int) -> Cell | None:
+        """Return a part of a checkpoint, wherever it lies; None when it is not there."""
+        content = self.files.get((manifest.places[rank][part], rank))
+        return None if content is None else content[part]
+
+    def content(self, manifest: Manifest, rank: int) -> Content:
+        """Return all parts of a rank's shard."""
+        return tuple(self.read(manifest, rank, part) for part in range(PARTS))
+
+    def put_file(self, file: File, content: Content) -> None:
+        """Write a file, whole or not."""
+        self.files[file] = content
         self.changes += 1
 
     def put_manifest(self, manifest: Manifest) -> bool:
@@ -46,13 +72,13 @@ class Disk:
         self.manifests.pop(checkpoint, None)
         self.changes += 1
 
-    def delete_shard(self, checkpoint: CheckpointId, rank: int) -> None:
-        """Remove a shard."""
-        self.shards.pop((checkpoint, rank), None)
+    def delete_file(self, file: File) -> None:
+        """Remove a file."""
+        self.files.pop(file, None)
         self.changes += 1
 
-    def flip(self, checkpoint: CheckpointId, rank: int) -> None:
-        """Damage a stored shard: its bytes are not any more what the manifest says."""
-        self.shards[(checkpoint, rank)] = (None, *self.shards[(checkpoint, rank)][1:])
-        self.damaged.add(checkpoint)
+    def damage(self, checkpoint: CheckpointId, rank: int, *, cut: bool) -> None:
+        """Damage a part that is in a checkpoint's own file: it is not any more what the manifest says."""
+        self.files[(checkpoint, rank)] = (None, *self.files[(checkpoint, rank)][1:])
+        (self.cut if cut else self.flipped).add(checkpoint)
         self.changes += 1

@@ -3,11 +3,12 @@
 The list, and what each leaves intact:
 - any rank, several ranks, the launcher, or the agent is killed, at any event and between any two effects;
 - a write to the disk fails, or is torn because the agent dies;
-- a stored shard is damaged while another intact checkpoint of the lineage stays behind;
-- a snapshot in memory that is committed already is damaged, while an older one of the lineage is intact;
+- a stored file is damaged or cut short while another intact checkpoint of the lineage stays behind;
+- a snapshot in memory that is committed already is damaged, while its copy on the disk is intact;
 - an operator asks for a checkpoint, a restart, a step back or a stop at any moment.
 
-Not in it: all copies damaged at once, and a launcher that is killed before its imports are done.
+Not in it: all copies damaged at once, bytes that several checkpoints share among them, damage of what no digest was
+taken of yet, and a launcher that is killed before its imports are done.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ckptd.core import events as e
 from ckptd.core.job_states import JobState
+from ckptd.core.restore import MEMORY
 
 if TYPE_CHECKING:
     from tests.simulation.node import Node
@@ -33,7 +35,6 @@ class Faults:
         self._left = options.faults
         self._end_s = options.total_steps * options.step_s * 3 + 20
         self._kinds = [kind for kind in options.fault_kinds if options.supervised or kind in _ATTACHED]
-        self._memory_flipped: set[e.CheckpointId] = set()
 
     @property
     def active(self) -> bool:
@@ -101,27 +102,27 @@ class Faults:
     def _damage_shard(self) -> bool:
         node = self._node
         safe = [item for item in node.witness.intact if item not in node.witness.leaving]
-        safe = [item for item in safe if item not in self._memory_flipped]
         if len(safe) < 2 or node.witness.at_most is not None or node.witness.commit_unknown:
             return False
         target = node.rng.choice(safe[-2:])
-        node.note("fault", f"a shard of {target} is damaged")
-        node.disk.flip(target, node.rng.randrange(node.options.world_size))
+        cut = node.rng.random() < 0.4
+        node.note("fault", f"a shard of {target} is {'cut short' if cut else 'damaged'}")
+        node.disk.damage(target, node.rng.randrange(node.options.world_size), cut=cut)
         if node.rng.random() < 0.5:
             node.kill_agent()  # so that somebody has to read it
         return True
 
     def _damage_memory(self) -> bool:
         node, witness = self._node, self._node.witness
-        in_memory = witness.usable(witness.memory)
-        safe = [item for item in witness.intact if item not in witness.leaving and item not in self._memory_flipped]
-        if not in_memory or in_memory[-1] not in safe[1:] or witness.at_most is not None or witness.commit_unknown:
+        in_memory = witness.usable(witness.memory, MEMORY)
+        safe = [item for item in witness.intact if item not in witness.leaving]
+        if not in_memory or in_memory[-1] not in safe or witness.at_most is not None or witness.commit_unknown:
             return False
-        newest = in_memory[-1]
-        if newest not in node.agent.known_digests:
+        newest, offer = in_memory[-1], node.agent.offer
+        undigested = offer is not None and offer.source.id == newest and not offer.digested
+        if newest not in node.agent.known_digests or undigested:
             return False
         node.note("fault", f"the slots of {newest} are damaged")
-        self._memory_flipped.add(newest)
         slot = node.rng.choice(witness.memory[newest])
         slot.cells[0] = None
         slot.flipped = True
@@ -131,7 +132,7 @@ class Faults:
 
     def _step_back(self) -> bool:
         node, witness = self._node, self._node.witness
-        targets = [item for item in witness.intact if item not in witness.leaving and item not in self._memory_flipped]
+        targets = [item for item in witness.intact if item not in witness.leaving]
         if not targets or witness.at_most is not None:
             return False
         target = node.rng.choice(targets)

@@ -9,8 +9,11 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-PARTS = 3
+PARTS = 4
 """How many cells make up a shard: it is written and read part by part, so a torn one is possible."""
+SLOW = PARTS - 1
+"""The part that changes once in `SLOW_STEPS` only: a flush need not write it again meanwhile."""
+SLOW_STEPS = 8
 NEVER = 2**63
 _MASK = 2**64 - 1
 
@@ -38,10 +41,17 @@ class Cell(NamedTuple):
 Content = tuple[Cell | None, ...]
 
 
-def shard_of(rank: int, step: int, state: int | None = None) -> Content:
-    """Return the shard of a rank at a step; of the right state unless another one is given."""
-    value = state_after(rank, step) if state is None else state
-    return tuple(Cell(rank, step, value, part) for part in range(PARTS))
+def cell_of(rank: int, step: int, state: int, part: int) -> Cell:
+    """Return one part of what a rank in some state captures at a step."""
+    if part == SLOW:
+        step -= step % SLOW_STEPS
+        state = state_after(rank, step)
+    return Cell(rank, step, state, part)
+
+
+def shard_of(rank: int, step: int) -> Content:
+    """Return the shard that a rank must capture at a step."""
+    return tuple(cell_of(rank, step, state_after(rank, step), part) for part in range(PARTS))
 
 
 class Slot:
@@ -66,6 +76,7 @@ class Page:
 
     def __init__(self, held: set[int]) -> None:
         self.capture_step = NEVER
+        self.whole = False
         self.step = 0
         self._sealed = dict.fromkeys(held, 1)
         self._released: dict[int, int] = {}

@@ -23,6 +23,10 @@ class Options:
     """The typical time to write one shard."""
     tick_s: float = 0.05
     slots: int = 2
+    reuse: bool = True
+    """Whether parts that have not changed are referred to."""
+    differ_from: int | None = None
+    """From which step on replicated tensors are not the same on all ranks."""
     keep_last: int = 3
     state_grows: bool = False
     """Whether the first step makes the state larger, as an optimizer's does, so that new slots are needed."""
@@ -55,7 +59,9 @@ class Options:
             latency_s=rng.choice((0.0, 0.001, 0.02, 0.02, 0.2)),
             write_s=every_s * rng.choice((0.01, 0.1, 0.5, 1.5)),
             tick_s=rng.choice((0.05, 0.05, 0.1)),
-            slots=rng.choice((2, 2, 2, 3)),
+            slots=rng.choice((1, 2, 2, 2, 3)),
+            reuse=rng.random() < 0.8,
+            differ_from=rng.choice((None, None, None, None, 1, rng.randint(1, 40))),
             keep_last=rng.choice((1, 2, 3, 3)),
             state_grows=rng.random() < 0.3,
             faults=rng.choice((0, 1, 2, 3, 4, 6, 8)),

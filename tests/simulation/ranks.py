@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ckptd.core import events as e
+from ckptd.core.restore import Source
 from ckptd.errors import AgentError, DamagedError
-from ckptd.types import CheckpointId, RaisedException
+from ckptd.types import RaisedException
 from tests.simulation.clock import Channel, Signal, Steps
-from tests.simulation.memory import NEVER, PARTS, Cell, Page, Slot, advance, state_after
+from tests.simulation.memory import NEVER, PARTS, Cell, Page, Slot, advance, cell_of, state_after
 
 if TYPE_CHECKING:
     from tests.simulation.agent import ModelAgent
@@ -61,7 +62,6 @@ class RankProcess:
         self.page: Page | None = None
         self.slots: dict[int, Slot] = {}
         self.lent: tuple[int, ...] = ()
-        self.offered: int | None = None
         self.capturing = False
         self.left = False
         self.leaving: Signal | None = None
@@ -87,9 +87,8 @@ class RankProcess:
         if self._call is not None:
             self._call.fire(value)
 
-    def admit(self, generation: int, held: set[int], offer: dict[str, Any] | None) -> None:
-        """Let it in with a new control page."""
-        self.page = Page(held)
+    def admit(self, generation: int, offer: Source | None) -> None:
+        """Let it in."""
         self.answer((generation, offer))
 
     def close(self) -> None:
@@ -105,9 +104,9 @@ class RankProcess:
             self._raise("FencedError", answer.message)
             return
         self.generation, offer = answer
-        yield from self._reserve()
         if offer is not None and not (yield from self._restore(offer)):
             return
+        yield from self._reserve()
         while self.step < options.total_steps:
             yield options.step_s * rng.uniform(0.3, 1.0)
             if not (yield self._collective.arrive(self.rank, self.step + 1)):
@@ -145,22 +144,28 @@ class RankProcess:
     def _reserve(self) -> Steps:
         self.slots = yield from self._ask(("reserve", self._size))
 
-    def _restore(self, offer: dict[str, Any]) -> Steps:
-        slot = self.slots[offer["slot"]]
-        cells = []
-        for part in range(PARTS):
-            yield self.node.options.restore_part_s
-            cells.append(slot.cells[part])
-        checkpoint: CheckpointId = offer["id"]
-        if slot.flipped:  # the digests of the commit tell
-            error = DamagedError(f"slot {slot.number} is not what was committed")
-            self.tell(e.RestoreFailed(self.rank, checkpoint, error))
-            self._raise("DamagedError", error.message)
-            return False
-        self.node.witness.rank_restores(self, checkpoint, tuple(cells))
-        assert cells[0] is not None
-        self.state = self.restored_state(cells[0])
-        self.step = self._captured_step = checkpoint.step
+    def _restore(self, source: Source) -> Steps:
+        """Read the own shard, and of every other rank's the share of replicated state that this one needs."""
+        options, rng, world = self.node.options, self.node.rng, range(self.node.options.world_size)
+        offer = yield from self._ask(("open",))
+        self.node.witness.offer_opened(self, source, offer)
+        wanted = [(self.rank, part) for part in range(PARTS)]
+        wanted += [(other, rng.randrange(PARTS)) for other in world if other != self.rank]
+        rng.shuffle(wanted)
+        mine: dict[int, Cell] = {}
+        for owner, part in wanted:
+            yield options.restore_part_s * rng.uniform(0.3, 1.0)
+            cell, damaged = offer.read(owner, part)
+            if damaged:
+                error = DamagedError(f"part {part} of rank {owner} is not what was captured")
+                self.tell(e.RestoreFailed(self.rank, source.id, error))
+                self._raise("DamagedError", error.message)
+                return False
+            self.node.witness.rank_reads(self, source.id, owner, part, cell)
+            if owner == self.rank:
+                mine[part] = cell
+        self.state = self.restored_state(mine[0])
+        self.step = self._captured_step = source.id.step
         assert self.page is not None
         self.page.step = self.step
         self.tell(e.RankRestored(self.rank, 0.0))
@@ -189,6 +194,8 @@ class RankProcess:
     def _capture(self, *, final: bool) -> Steps:
         slot = self._free_slot()
         end_s = self.node.clock.now_s + FINAL_SLOT_DEADLINE_S
+        if slot is None and final:
+            self.tell(e.CheckpointWanted())  # a single slot is given up for a step to come
         while slot is None and final and self.node.clock.now_s < end_s:
             yield 0.05
             slot = self._free_slot()
@@ -197,15 +204,25 @@ class RankProcess:
             self.tell(e.CaptureMissed(self.rank, self.step, AgentError("every slot is busy")))
             return
         self.capturing = True
+        assert self.page is not None
+        whole = self.page.whole
         for part in range(PARTS):
             self.node.witness.slot_written(slot, f"a capture of step {self.step}")
-            slot.write(part, Cell(self.rank, self.step, self.state, part))
+            slot.write(part, cell_of(self.rank, self.step, self.state, part))
             yield self.node.options.capture_part_s * self.node.rng.uniform(0.1, 1.0)
         self.capturing = False
-        assert self.page is not None
         self.page.seal(slot.number)
-        self.tell(e.RankSealed(self.rank, self.step, slot.number, self._size, 0.0, {"loss": float(self.step)}, final))
+        values, witness = {"loss": float(self.step)}, {} if whole else self._witness()
+        self.tell(e.RankSealed(self.rank, self.step, slot.number, self._size, 0.0, values, final, witness))
         self._captured_step = self.step
+
+    def _witness(self) -> dict[str, str]:
+        """Return what this rank says of a replicated tensor, of which it captures but a share."""
+        options = self.node.options
+        if options.world_size == 1:
+            return {}
+        differs = options.differ_from is not None and self.step >= options.differ_from
+        return {"replicated": f"{self.step} of rank {self.rank}" if differs and self.rank else str(self.step)}
 
     def _free_slot(self) -> Slot | None:
         assert self.page is not None

@@ -1,7 +1,7 @@
 """The storage threads of a model agent: each a task that touches the disk step by step, and dies with the agent.
 
-They keep the promises of `ckptd.daemon.storage_work`: shards first and the manifest last, a prune takes the manifest
-first, and an answer is given only when nothing reads or writes a slot any more.
+They keep the promises of `ckptd.daemon.job_store`: shards first and the manifest last, a prune takes the manifest
+first and leaves what others refer to, and an answer is given only when nothing reads or writes a slot any more.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ckptd.core.restore import Source
 from ckptd.errors import DamagedError, StoreError
 from tests.simulation.clock import Steps
 from tests.simulation.disk import Manifest
-from tests.simulation.memory import PARTS, Cell, Content, Slot
+from tests.simulation.memory import PARTS, Cell, Slot
 
 if TYPE_CHECKING:
     from tests.simulation.agent import ModelAgent
@@ -23,7 +23,7 @@ TIER = "local"
 
 
 def read_store(agent: ModelAgent) -> Steps:
-    """Look what the disk holds, as `storage_work.read_store` does."""
+    """Look what the disk holds, as `JobStore.read` does."""
     yield agent.node.options.write_s * agent.node.rng.random()
     disk = agent.node.disk
     line = lineage.candidates(disk.parents, disk.manifests)
@@ -49,16 +49,20 @@ def flush(agent: ModelAgent, order: e.Flush) -> Steps:
     node = agent.node
     reading = [agent.arena.slots[rank][number] for rank, number in order.slots.items()]
     node.witness.flush_begins(order, reading)
-    tasks = [node.clock.start(agent, "flush", _flush_shard(agent, order, slot)) for slot in reading]
-    digests: dict[int, Content] = {}
+    tasks = [node.clock.start(agent, "flush", _flush_shard(agent, order, slot, agent.earlier)) for slot in reading]
+    manifest = Manifest(order.id, {}, {})
     failed = False
     for slot, task in zip(reading, tasks, strict=True):
-        digest = yield task.done
-        failed = failed or digest is None
-        digests[slot.rank] = digest
+        written = yield task.done
+        failed = failed or written is None
+        if written is not None:
+            manifest.digests[slot.rank], manifest.places[slot.rank] = written
     if not failed:
         yield node.options.write_s * node.rng.random()
-        failed = node.write_fails() or not node.disk.put_manifest(Manifest(order.id, digests))
+        failed = node.write_fails() or not node.disk.put_manifest(manifest)
+    if not failed:
+        agent.earlier = manifest
+        agent.known_files[order.id] = manifest.files
     node.witness.flush_ends(order, committed=not failed)
     yield node.rng.uniform(0, 0.02)
     if failed:
@@ -67,57 +71,64 @@ def flush(agent: ModelAgent, order: e.Flush) -> Steps:
         agent.feed(e.Committed(order.id, TIER, 1, 0.0))
 
 
-def _flush_shard(agent: ModelAgent, order: e.Flush, slot: Slot) -> Steps:
-    """Digest a shard, then write it; both read the slot part by part. Returns the digest, None when it failed."""
+def _flush_shard(agent: ModelAgent, order: e.Flush, slot: Slot, earlier: Manifest | None) -> Steps:
+    """Digest a shard, then write what has changed; both read the slot part by part.
+
+    Returns the digest and where each part lies, None when a write has failed.
+    """
     node, rank = agent.node, slot.rank
     digest: list[Cell | None] = []
     for part in range(PARTS):
         yield node.options.write_s * node.rng.uniform(0, 0.2)
         digest.append(slot.cells[part])
+    places = [order.id] * PARTS
+    if node.options.reuse and earlier is not None and rank in earlier.digests:
+        pairs = zip(digest, earlier.digests[rank], earlier.places[rank], strict=True)
+        places = [place if new == old else order.id for new, old, place in pairs]
     written: list[Cell | None] = [None] * PARTS
+    node.disk.put_file((order.id, rank), tuple(written))
     for part in range(PARTS):
+        if places[part] != order.id:
+            node.witness.seen["referred to"] += 1
+            continue
         yield node.options.write_s * node.rng.choice((0.1, 0.3, 0.3, 1.0)) * node.rng.random()
         if node.write_fails():
             return None
         written[part] = slot.cells[part]
-        node.disk.put_shard(order.id, rank, tuple(written))  # torn, if the agent dies now
-    return tuple(digest)
+        node.disk.put_file((order.id, rank), tuple(written))  # torn, if the agent dies now
+    return tuple(digest), tuple(places)
 
 
-def fetch(agent: ModelAgent, source: Source) -> Steps:
-    """Bring a checkpoint into slots that hold nothing, and compare it with its manifest."""
+def check(agent: ModelAgent, source: Source) -> Steps:
+    """See whether a checkpoint can be offered: its manifest is there, and so are its files, by their sizes."""
     node = agent.node
     yield node.rng.uniform(0, 0.05)
     manifest = node.disk.manifests.get(source.id)
+    yield node.rng.uniform(0, 0.02)
     if manifest is None:
         agent.feed(e.FetchFailed(source, DamagedError(f"{source.id} has no manifest")))
-        return
-    slots: dict[int, Slot] = {}
-    for rank in manifest.digests:
-        slots[rank] = agent.free_slot(rank, 2 if node.options.state_grows else 1)
-        yield node.rng.uniform(0, 0.02)
-    damaged = False
-    for rank, slot in slots.items():
-        for part in range(PARTS):
-            yield node.options.restore_part_s
-            cell = node.disk.shards.get((source.id, rank), (None,) * PARTS)[part]
-            node.witness.slot_written(slot, f"a fetch of {source.id}")
-            slot.write(part, cell)
-            damaged = damaged or cell is None or cell != manifest.digests[rank][part]
-    if damaged:
-        agent.feed(e.FetchFailed(source, DamagedError(f"{source.id} is not what was committed")))
-        return
-    sizes = dict.fromkeys(slots, 1)
-    agent.feed(e.Fetched(source, {rank: slot.number for rank, slot in slots.items()}, sizes))
+    elif source.id in node.disk.cut or not manifest.files <= node.disk.files.keys():
+        agent.feed(e.FetchFailed(source, DamagedError(f"{source.id} lacks bytes")))
+    else:
+        agent.earlier = manifest
+        agent.known_files[source.id] = manifest.files
+        agent.feed(e.Fetched(source, len(manifest.digests)))
 
 
 def prune(agent: ModelAgent, order: e.Prune) -> Steps:
-    """Remove checkpoints, the manifest of each before its shards."""
+    """Remove checkpoints, the manifest of each before its files, but for files that a remaining one needs.
+
+    Those are of `order.kept`, and of whatever this agent has committed or looked at: another prune may be under way.
+    """
     node = agent.node
     for checkpoint in order.ids:
         yield node.rng.uniform(0, 0.05)
         node.witness.checkpoint_leaves(checkpoint)
         node.disk.delete_manifest(checkpoint)
-        for rank in range(node.options.world_size):
-            yield node.rng.uniform(0, 0.01)
-            node.disk.delete_shard(checkpoint, rank)
+        agent.left_over.add(checkpoint)
+        agent.known_files.pop(checkpoint, None)
+    kept = {kept: node.disk.manifests[kept].files for kept in order.kept if kept in node.disk.manifests}
+    for file in sorted(node.disk.files):
+        yield node.rng.uniform(0, 0.01) if file[0] in agent.left_over else 0.0
+        if file[0] in agent.left_over and not any(file in files for files in (kept | agent.known_files).values()):
+            node.disk.delete_file(file)

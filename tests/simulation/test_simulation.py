@@ -19,10 +19,11 @@ SEEDS = int(os.environ.get("CKPTD_SIM_SEEDS", "800"))
 FIRST_SEED = int(os.environ.get("CKPTD_SIM_FIRST_SEED", "0"))
 
 REACHED = (
-    "fresh start", "from memory", "from disk", "killed in a capture", "killed during a flush", "launcher",
+    "fresh start", "from memory", "from local", "killed in a capture", "killed during a flush", "launcher",
     "killed before the first step", "agent killed during a flush", "agent between two effects", "FlushFailed",
     "FetchFailed", "RestoreFailed", "CaptureMissed", "step back", "restart", "stop", "checkpoint skipped",
-    "snapshot abandoned", "restart delayed",
+    "snapshot abandoned", "restart delayed", "damage found in memory", "damage found on the disk", "referred to",
+    "replicas differ", "given up",
 )  # fmt: skip
 """What a campaign must have met, or its faults don't reach what they are meant to test."""
 
@@ -57,7 +58,7 @@ def test_memory_makes_a_dead_disk_harmless_to_restarts(seed):
         node.clock.step(node.fault_point)
         node.witness.after_event()
     assert node.disk.manifests == {}
-    assert node.witness.seen["from disk"] == 0
+    assert node.witness.seen["from local"] == 0
 
 
 def test_a_seed_is_a_run():

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from ckptd.core import keeper, lineage
-from ckptd.core.events import Claim, Flush
+from ckptd.core.events import Admit, Claim, Flush
 from ckptd.core.job import JobMachine
 from ckptd.core.policy.retention import Verdict
 from ckptd.core.recovery import Recovery
-from ckptd.core.restore import Offers
-from ckptd.core.snapshots import SnapshotBook, SnapshotEvent, SnapshotState
+from ckptd.core.restore import MEMORY, Offers, Source
+from ckptd.core.snapshots import Snapshot, SnapshotBook, SnapshotEvent, SnapshotState
+from tests.simulation.agent import PATIENT
 from tests.simulation.node import SimulationError, run
+from tests.simulation.storage import TIER
 
-SEEDS = 600
+SEEDS = 1500
 
 
 def release_newest(patch):
@@ -83,9 +87,83 @@ def forget_the_store(patch):
 
 
 def offer_a_refused_one_again(patch):
-    """Offers what has failed to restore."""
+    """Offers a copy that has failed to restore."""
     patch.setattr(SnapshotBook, "refuse", lambda _book, _checkpoint: None)
     patch.setattr(Offers, "refused", property(lambda _: set(), lambda _, __: None), raising=False)
+
+
+def refuse_every_copy(patch):
+    """Takes damage of one copy for damage of the checkpoint."""
+
+    def broken(machine, event):
+        for tier in (MEMORY, TIER):
+            machine.offers.refused.add(Source(event.id, tier))
+        machine.generation.damaged = True
+        return []
+
+    patch.setattr(JobMachine, "_restore_failed", broken)
+
+
+def count_damage_as_failure(patch):
+    """Gives a job up when it has met damaged copies too often."""
+    decide = Recovery.decide
+    policy = dataclasses.replace(PATIENT, max_restarts=0)
+
+    def broken(recovery, now_s, *, damaged):
+        recovery.policy = policy if damaged else PATIENT
+        return decide(recovery, now_s)
+
+    patch.setattr(Recovery, "decide", broken)
+
+
+def prune_what_others_refer_to(patch):
+    """Forgets to say what is kept."""
+    prune = keeper.Keeper._prune
+
+    def broken(kept, tier):
+        return [dataclasses.replace(effect, kept=()) for effect in prune(kept, tier)]
+
+    patch.setattr(keeper.Keeper, "_prune", broken)
+
+
+def give_up_what_is_on_no_tier(patch):
+    """Lets the only slot go before its snapshot is committed."""
+
+    def broken(book):
+        newest = book.newest
+        if newest is not None and newest.state is SnapshotState.SEALED:
+            newest.move(SnapshotEvent.FLUSH)
+            newest.move(SnapshotEvent.COMMIT)
+        return newest if newest is not None and newest.state is SnapshotState.COMMITTED else None
+
+    patch.setattr(SnapshotBook, "_expendable", property(broken))
+
+
+def give_up_one_of_two(patch):
+    """Lets the newest go for the next capture though there is a second slot."""
+
+    def broken(book):
+        newest = book.newest
+        if newest is not None and newest.state is SnapshotState.COMMITTED:
+            newest.move(SnapshotEvent.GIVE_UP)
+
+    patch.setattr(SnapshotBook, "make_room", broken)
+
+
+def trust_replicas(patch):
+    """Does not compare what ranks say of replicated tensors."""
+    patch.setattr(Snapshot, "differing", property(lambda _: {}))
+
+
+def forget_that_replicas_differ(patch):
+    """Does not tell ranks that come later to capture everything."""
+    joined = JobMachine._joined
+
+    def broken(machine, event, now):
+        effects = joined(machine, event, now)
+        return [dataclasses.replace(item, whole=False) if isinstance(item, Admit) else item for item in effects]
+
+    patch.setattr(JobMachine, "_joined", broken)
 
 
 def prune_the_newest(patch):
@@ -109,7 +187,7 @@ def flush_the_other_slot(patch):
         slots = {rank: 1 - slot if slot < 2 else slot for rank, slot in snapshot.slots.items()}
         return Flush(snapshot.id, None, slots, dict(snapshot.image_bytes), {})
 
-    patch.setattr(keeper.Keeper, "_flush", broken)
+    patch.setattr(keeper.Keeper, "order_of", broken)
 
 
 def flush_one_rank_only(patch):
@@ -119,13 +197,13 @@ def flush_one_rank_only(patch):
         first = min(snapshot.slots)
         return Flush(snapshot.id, None, {first: snapshot.slots[first]}, dict(snapshot.image_bytes), {})
 
-    patch.setattr(keeper.Keeper, "_flush", broken)
+    patch.setattr(keeper.Keeper, "order_of", broken)
 
 
 def claim_the_same_number(patch):
     """Uses a generation number twice."""
 
-    def broken(machine, offer):
+    def broken(machine, offer, _world_size=None):
         machine._offer = offer
         return [Claim(1, None if offer is None else offer.id)]
 
@@ -149,14 +227,21 @@ def never_decide(patch):
 
 
 MUTATIONS = [
-    (release_newest, "begins with|, the newest"),
+    (release_newest, "begins with|, the newest|is offered, not from"),
     (release_under_a_flush, "while a flush reads it"),
     (plan_without_memory, "begins with"),
     (complete_without_the_last, "which is not complete"),
     (complete_after_a_death, "finds no free slot|which is not complete|begins with"),
     (offer_what_was_left_behind, "begins with|is no ancestor"),
     (forget_the_store, "a fresh start though there are checkpoints"),
-    (offer_a_refused_one_again, "begins with"),
+    (offer_a_refused_one_again, "begins with|is offered, not from"),
+    (refuse_every_copy, "begins with|ends with an error"),
+    (count_damage_as_failure, "ends with an error"),
+    (prune_what_others_refer_to, "lacks files"),
+    (give_up_what_is_on_no_tier, "is on no tier|while a flush reads it|begins with|never committed"),
+    (give_up_one_of_two, "there are more slots"),
+    (trust_replicas, "which is not complete|know whether replicas differ"),
+    (forget_that_replicas_differ, "says whole"),
     (prune_the_newest, "is removed and nothing newer is committed"),
     (flush_two_at_once, "a second flush begins"),
     (flush_the_other_slot, "was digested wrong|while a flush reads it"),
@@ -179,7 +264,7 @@ def test_a_broken_core_is_noticed(monkeypatch, mutation, named):
 
 def test_a_wrong_state_is_noticed(monkeypatch):
     """Proves that a rank which trains on from wrong content is noticed, even if every message is right."""
-    monkeypatch.setattr("tests.simulation.witness.Witness.rank_restores", lambda *_: None)
+    monkeypatch.setattr("tests.simulation.witness.Witness.rank_reads", lambda *_: None)
     monkeypatch.setattr("tests.simulation.ranks.RankProcess.restored_state", lambda _rank, cell: cell.state ^ 1)
     with pytest.raises(SimulationError, match=r"was sealed wrong|ends as"):
         for seed in range(SEEDS):

@@ -14,13 +14,15 @@ from ckptd.core import events as e
 from ckptd.core.job_states import TERMINAL, JobState
 from ckptd.core.keeper import FINAL_FLUSH_TRIES
 from ckptd.core.policy.interval import REACTION_S
-from ckptd.core.restore import MEMORY
+from ckptd.core.restore import MEMORY, Source
 from ckptd.types import CheckpointId, Incident
-from tests.simulation.memory import Content, Slot, shard_of, state_after
+from tests.simulation.memory import Cell, Content, Slot, shard_of, state_after
+from tests.simulation.storage import TIER
 
 if TYPE_CHECKING:
     from tests.simulation.agent import ModelAgent
     from tests.simulation.node import Node
+    from tests.simulation.offers import Offer
     from tests.simulation.ranks import RankProcess
 
 
@@ -38,7 +40,9 @@ class Witness:
         self._node = node
         self.chain: list[CheckpointId] = []
         self.memory: dict[CheckpointId, list[Slot]] = {}
-        self.refused: set[CheckpointId] = set()
+        self.refused: set[Source] = set()
+        self.whole = False
+        """Whether replicated tensors were seen to differ in this life of the agent."""
         self.at_most: int | None = None
         self.leaving: set[CheckpointId] = set()
         self.next_incident = 1
@@ -49,7 +53,11 @@ class Witness:
         """How often what has happened, so that a test can tell whether the faults reach all that they should."""
         self._seals: dict[CheckpointId, dict[int, int]] = {}
         self._void: set[CheckpointId] = set()
-        self._fetched: set[CheckpointId] = set()
+        self._offered: Source | None = None
+        self._tier = TIER
+        self._witnesses: dict[CheckpointId, dict[int, dict[str, str]]] = {}
+        self._given_up: CheckpointId | None = None
+        self._last_step_lost = False
         self._over = True
         self._claims: dict[int, CheckpointId | None] = {}
         self._starts_in_life = 0
@@ -70,24 +78,29 @@ class Witness:
 
     # --- what a restart may use -------------------------------------------------------------------------------
 
-    def usable(self, held: Collection[CheckpointId]) -> list[CheckpointId]:
-        """Return those of the lineage that are in `held` and may be restored, oldest first."""
+    def usable(self, held: Collection[CheckpointId], tier: str) -> list[CheckpointId]:
+        """Return those of the lineage that are in `held` and may be restored from there, oldest first."""
         limit = float("inf") if self.at_most is None else self.at_most
-        return [item for item in self.chain if item in held and item not in self.refused and item.step <= limit]
+        allowed = [item for item in self.chain if item in held and item.step <= limit]
+        return [item for item in allowed if Source(item, tier) not in self.refused]
 
     @property
     def intact(self) -> list[CheckpointId]:
         """What the disk could give a restart."""
-        return self.usable(self._node.disk.manifests.keys() - self._node.disk.damaged)
+        return self.usable(self._node.disk.manifests.keys() - self._node.disk.damaged, TIER)
 
-    def _expected(self) -> tuple[CheckpointId | None, bool]:
-        """Return what a generation that is claimed now must begin with, and whether it comes from memory."""
-        in_memory, stored = self.usable(self.memory), self.intact
+    def _expected(self) -> tuple[CheckpointId | None, str]:
+        """Return what a generation that is claimed now must begin with, and whence.
+
+        On the disk that is everything whose files look right: what is wrong inside them, ranks will find.
+        """
+        in_memory = self.usable(self.memory, MEMORY)
+        stored = self.usable(self._node.disk.manifests.keys() - self._node.disk.cut, TIER)
         candidates = in_memory + stored
         if not candidates:
-            return None, False
+            return None, TIER
         best = max(candidates, key=self.chain.index)
-        return best, best in in_memory
+        return best, MEMORY if best in in_memory else TIER
 
     # --- inputs of the machine --------------------------------------------------------------------------------
 
@@ -102,14 +115,8 @@ class Witness:
                 if missed not in self.memory:
                     self._void.add(missed)
                     self._seals.pop(missed, None)
-            case e.Fetched():
-                slots = [agent.arena.slots[rank][slot] for rank, slot in event.slots.items()]
-                self.memory[event.source.id] = slots
-                self._fetched.add(event.source.id)
-                for slot in slots:
-                    self._check_content(tuple(slot.cells), slot.rank, event.source.id, "fetched")
             case e.RestoreFailed():
-                self.refused.add(event.id)
+                self._restore_failed(event)
             case e.Committed():
                 self._flush_known(event.id)
             case e.FlushFailed():
@@ -130,7 +137,12 @@ class Witness:
             return
         seals = self._seals.setdefault(sealed, {})
         seals[event.rank] = event.slot
-        if len(seals) == self._node.options.world_size and all(sealed > item for item in self.usable(self.memory)):
+        self._witnesses.setdefault(sealed, {})[event.rank] = dict(event.witness)
+        if len(seals) < self._node.options.world_size:
+            return
+        if self._replicas_differ(sealed):
+            self._void.add(sealed)
+        elif all(sealed > item for item in self.usable(self.memory, MEMORY)):
             slots = [agent.arena.slots[rank][slot] for rank, slot in seals.items()]
             for slot in slots:
                 self._check_content(tuple(slot.cells), slot.rank, sealed, "sealed")
@@ -140,16 +152,43 @@ class Witness:
             self.chain.append(sealed)
             self.newest = sealed
 
+    def _replicas_differ(self, sealed: CheckpointId) -> bool:
+        """Whether a snapshot can't be put together from shares: they differ, or are not of all ranks."""
+        said = [witness["replicated"] for witness in self._witnesses.pop(sealed).values() if witness]
+        if len(set(said)) <= 1 and not (self.whole and said):
+            return False
+        self.whole = self.whole or len(set(said)) > 1
+        self._last_step_lost = self._last_step_lost or sealed.step == self._node.options.total_steps
+        return True
+
+    def _restore_failed(self, event: e.RestoreFailed) -> None:
+        """Check that what a rank calls damaged is so by a fault, and by none of ours."""
+        source = self._offered
+        assert source is not None
+        self.require(source.id == event.id, f"{event.id} is called damaged, and {source} was offered")
+        if source.tier == MEMORY:
+            flipped = source in self.refused or any(slot.flipped for slot in self.memory[event.id])
+            self.require(flipped, f"{source} is called damaged, which it is not")
+            self.seen["damage found in memory"] += 1
+        else:
+            self.require(event.id in self._node.disk.damaged, f"{source} is called damaged, which it is not")
+            self.seen["damage found on the disk"] += 1
+        self.refused.add(source)
+
     def _flush_known(self, flushed: CheckpointId) -> None:
         """Let go of what was flushed, unless it is the newest."""
         self._flushed = None
-        if any(item > flushed for item in self.usable(self.memory)):
+        if any(item > flushed for item in self.usable(self.memory, MEMORY)):
             del self.memory[flushed]
 
     def after(self, event: e.Input, agent: ModelAgent) -> None:
         """Look what the machine made of an event."""
         if isinstance(event, e.Committed):
             self.commit_unknown = False
+        self._given_up = None
+        for process in agent.ranks.values():
+            knows = process.page is None or process.page.whole == self.whole
+            self.require(knows, f"{process} does not know whether replicas differ: {self.whole}")
         state = agent.machine.state
         if isinstance(event, e.RestartWanted) and state is JobState.FENCED and not self._over:
             self.at_most = event.step
@@ -171,9 +210,8 @@ class Witness:
         """Check what the machine wants done, before it is done."""
         match effect:
             case e.Claim():
-                wanted, from_memory = self._expected()
-                from_disk = wanted in self._fetched or not from_memory
-                self.seen["fresh start" if wanted is None else "from disk" if from_disk else "from memory"] += 1
+                wanted, self._tier = self._expected()
+                self.seen["fresh start" if wanted is None else f"from {self._tier}"] += 1
                 stored = any(item in self._node.disk.manifests for item in self.chain)
                 self.require(effect.parent is not None or not stored, "a fresh start though there are checkpoints")
                 self.require(effect.parent == wanted, f"begins with {effect.parent}, {wanted} is the newest")
@@ -181,8 +219,18 @@ class Witness:
                 self.require(effect.generation == self.started, f"admits to generation {effect.generation}")
                 offered = None if effect.offer is None else effect.offer.id
                 self.require(offered == self._claims[self.started], f"{offered} is offered and was not claimed")
-                if effect.offer is not None and effect.offer.tier == MEMORY:
-                    self.require(offered in self.memory, f"{offered} is offered from memory and not there")
+                self.require(effect.whole == self.whole, f"{effect} says whole, and replicas differ: {self.whole}")
+                if effect.offer is not None:
+                    self.require(effect.offer.tier == self._tier, f"{effect.offer} is offered, not from {self._tier}")
+                self._offered = effect.offer
+            case e.Whole():
+                self.require(self.whole, "replicas are called different, which they are not")
+            case e.Release():
+                best = self.usable(self.memory, MEMORY)[-1:]
+                if best and agent.arena.slots[effect.rank].get(effect.slot) in self.memory[best[0]]:
+                    self._given_up = best[0]
+            case e.Announce() if effect.step is not None and self._given_up is not None:
+                self._give_up(self._given_up)
             case e.Spawn():
                 restarts = self._starts_in_life - 1
                 self.require(effect.generation == self.started, f"spawns generation {effect.generation}")
@@ -196,6 +244,13 @@ class Witness:
                 self._flushed = effect.id
             case _:
                 return
+
+    def _give_up(self, checkpoint: CheckpointId) -> None:
+        """Check that the newest snapshot goes for the next one only where it has to, and is on the disk."""
+        self.require(self._node.options.slots == 1, f"{checkpoint} is given up though there are more slots")
+        self.require(checkpoint in self._node.disk.manifests, f"{checkpoint} is given up, which is on no tier")
+        self.seen["given up"] += 1
+        del self.memory[checkpoint]
 
     def _recorded(self, incident: Incident) -> None:
         known = self._incidents.get(incident.number)
@@ -218,19 +273,26 @@ class Witness:
         self._over = False
         self.at_most = None
         self._finished.clear()
-        self._fetched.clear()
 
     # --- ranks and storage ------------------------------------------------------------------------------------
 
-    def rank_restores(self, process: RankProcess, checkpoint: CheckpointId, content: Content) -> None:
-        """Check what a rank puts into its objects."""
+    def offer_opened(self, process: RankProcess, source: Source, offer: Offer | None) -> None:
+        """Check that a rank which was told of an offer finds it."""
+        right = offer is not None and offer.generation == process.generation and offer.source == source
+        self.require(right, f"{process} was told of {source} and finds {offer}")
+
+    def rank_reads(
+        self, process: RankProcess, checkpoint: CheckpointId, owner: int, part: int, cell: Cell | None
+    ) -> None:
+        """Check what a rank puts into its objects, from its own shard or that of another rank."""
         self.require(checkpoint == self._claims[process.generation], f"{process} restores {checkpoint}")
-        self._check_content(content, process.rank, checkpoint, "restored")
+        wanted = shard_of(owner, checkpoint.step)[part]
+        self.require(cell == wanted, f"part {part} of rank {owner} in {checkpoint} was restored wrong: {cell}")
 
     def slot_written(self, slot: Slot, why: str) -> None:
         """Check that nobody needs what a slot holds."""
         self.require(slot not in self._flushing, f"{why} writes {slot} while a flush reads it")
-        best = self.usable(self.memory)
+        best = self.usable(self.memory, MEMORY)
         if best:
             self.require(slot not in self.memory[best[-1]], f"{why} writes {slot}, which holds {best[-1]}, the newest")
 
@@ -287,13 +349,14 @@ class Witness:
             return
         self._disk_changes = disk.changes
         for manifest in disk.manifests.values():
+            if manifest.id in self.chain:  # what a step back has left behind may go, file by file
+                lacks = manifest.files - disk.files.keys()
+                self.require(not lacks, f"{manifest.id} lacks files: {lacks}")
             for rank in range(options.world_size):
-                shard = disk.shards.get((manifest.id, rank))
-                self.require(shard is not None and rank in manifest.digests, f"{manifest.id} lacks shard {rank}")
-                assert shard is not None
+                self.require(rank in manifest.digests, f"{manifest.id} lacks shard {rank}")
                 self._check_content(manifest.digests[rank], rank, manifest.id, "digested")
-                if manifest.id not in disk.damaged:
-                    self._check_content(shard, rank, manifest.id, "committed")
+                if manifest.id in self.chain and manifest.id not in disk.damaged:
+                    self._check_content(disk.content(manifest, rank), rank, manifest.id, "committed")
 
     # --- lives and ends ---------------------------------------------------------------------------------------
 
@@ -305,7 +368,9 @@ class Witness:
         self.leaving.clear()
         self._seals.clear()
         self._void.clear()
-        self._fetched.clear()
+        self._witnesses.clear()
+        self.whole = False
+        self._offered = self._given_up = None
         self._just_closed.clear()
         self.at_most = None
         self.newest = None
@@ -327,6 +392,7 @@ class Witness:
             found = self._finished.get(rank)
             self.require(found == wanted, f"rank {rank} ends as {found}")
         final = [item for item in self.chain if item.step == options.total_steps]
-        self.require(any(item in self._node.disk.manifests for item in final), "the final checkpoint is not committed")
+        stands = any(item in self._node.disk.manifests for item in final)
+        self.require(stands or self._last_step_lost, "the final checkpoint is not committed")
         left = [number for number, incident in self._incidents.items() if not incident.closed]
         self.require(not left or self._node.agent_deaths > 0, f"incidents {left} are still open")

@@ -1,24 +1,26 @@
-"""Whole checkpoints on a tier: every kind of damage is named, and nothing damaged is ever fetched."""
+"""Whole checkpoints on a tier: every kind of damage is named, in a checkpoint's own files and in what it refers to."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from ckptd.errors import DamagedError, FencedError, NotFoundError, StoreError
-from ckptd.storage import catalog, image, keys, manifest
-from ckptd.storage.image import TensorSpec
+from ckptd.storage import catalog, digest, image, keys, manifest, ranges
+from ckptd.storage.image import BLOCK_BYTES, TensorSpec
+from ckptd.storage.manifest import Place, ShardContent
 from ckptd.storage.memory import MemoryTier
-from ckptd.storage.tier import Buffer, Entry
+from ckptd.storage.packing import pack
 from ckptd.types import CheckpointId
 
 JOB = "gpt"
 AT = CheckpointId(2, 40)
 RANKS = 2
 KEY = keys.shard_key(JOB, AT, 1)
-FILE = "rank-00001.safetensors"
+FILE = keys.folder(AT) + "rank-00001.safetensors"
 
 
 def shard(rank: int) -> bytes:
@@ -100,7 +102,7 @@ _DAMAGE: dict[str, tuple[Callable[[bytearray], object], str]] = {
     "a flipped bit in the header's length": (flip(1), ""),
     "a flipped bit in the header's JSON": (flip(10), ""),
     "a flipped bit in the header's padding": (flip(image.BLOCK_BYTES - 2), ""),
-    "a renamed tensor": (rename_tensor, "tensor 'bias' is missing"),
+    "a renamed tensor": (rename_tensor, "header is not what was committed"),
     "an added tensor of no bytes": (add_empty_tensor, "header is not what was committed"),
     "other metadata": (add_metadata, "header is not what was committed"),
     "a file cut short": (lambda data: data.__delitem__(slice(-1, None)), "the manifest says"),
@@ -123,26 +125,19 @@ def test_verify_names_damage(tier: MemoryTier, damage: str) -> None:
     assert says in " / ".join(problems)
 
 
-@pytest.mark.parametrize("damage", sorted(_DAMAGE))
-def test_fetch_refuses_damage(tier: MemoryTier, damage: str) -> None:
-    """What `verify` would name, a fetch refuses with a `DamagedError` that names the object; others are fetched."""
-    edit, says = _DAMAGE[damage]
-    change(tier, KEY, edit)
-    loaded = catalog.load_manifest(tier, JOB, AT)
-    slot = memoryview(bytearray(4 * len(shard(1))))
-    with pytest.raises(DamagedError) as caught:
-        catalog.fetch_shard(tier, JOB, loaded, 1, slot)
-    assert f"{tier.url}/{KEY}" in caught.value.message
-    assert says in caught.value.message
-    catalog.fetch_shard(tier, JOB, loaded, 0, slot)
-    assert slot[: len(shard(0))] == shard(0)
-
-
-def test_an_intact_checkpoint_is_intact(tier: MemoryTier, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is found where nothing is wrong, also when a tensor is read in many small blocks."""
-    assert catalog.verify(tier, JOB, AT) == []
-    monkeypatch.setattr(catalog, "_VERIFY_BYTES", 7)
-    assert catalog.verify(tier, JOB, AT) == []
+@pytest.mark.parametrize("window", [BLOCK_BYTES, 3 * BLOCK_BYTES, 2**24])
+def test_an_intact_checkpoint_is_intact(tier: MemoryTier, monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    """Nothing is found where nothing is wrong, also when a tensor of many leaves is read in many small blocks."""
+    monkeypatch.setattr(ranges, "_WINDOW_BYTES", window)
+    for module in (ranges, digest):
+        monkeypatch.setattr(module, "LEAF_BYTES", 128)
+    monkeypatch.setattr(manifest, "LEAF_BYTES", 128)
+    commit(tier, CheckpointId(2, 41))
+    assert catalog.verify(tier, JOB, CheckpointId(2, 41)) == []
+    weight = catalog.load_manifest(tier, JOB, CheckpointId(2, 41)).tensors["weight"]
+    assert [len(chunk.leaves) for chunk in weight.chunks] == [4, 4]
+    change(tier, keys.shard_key(JOB, CheckpointId(2, 41), 1), flip(span("weight")[0] + 300))
+    assert len(catalog.verify(tier, JOB, CheckpointId(2, 41))) == 1
 
 
 def test_every_bit_counts(tier: MemoryTier) -> None:
@@ -154,11 +149,9 @@ def test_every_bit_counts(tier: MemoryTier) -> None:
 
 
 def test_a_missing_shard_is_named(tier: MemoryTier) -> None:
-    """A shard that is gone is named by `verify`, and a fetch says that it is not there."""
+    """A shard that is gone is named by `verify`, with how much is gone with it."""
     tier.delete(KEY)
-    assert catalog.verify(tier, JOB, AT) == [f"{FILE}: the file is missing"]
-    with pytest.raises(NotFoundError, match=FILE):
-        catalog.fetch_shard(tier, JOB, catalog.load_manifest(tier, JOB, AT), 1, memoryview(bytearray(20_000)))
+    assert catalog.verify(tier, JOB, AT) == [f"{FILE}: the file is missing, and 3 tensors in it"]
 
 
 def test_all_problems_are_named(tier: MemoryTier) -> None:
@@ -168,7 +161,7 @@ def test_all_problems_are_named(tier: MemoryTier) -> None:
     tier.delete(keys.shard_key(JOB, AT, 0))
     problems = catalog.verify(tier, JOB, AT)
     assert len(problems) == 3
-    assert problems[0] == "rank-00000.safetensors: the file is missing"
+    assert problems[0].startswith(f"{keys.folder(AT)}rank-00000.safetensors: the file is missing")
 
 
 def test_a_tier_that_fails_is_a_problem_of_its_file(tier: MemoryTier, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +176,7 @@ def test_a_tier_that_fails_is_a_problem_of_its_file(tier: MemoryTier, monkeypatc
     monkeypatch.setattr(MemoryTier, "read_into", failing)
     change(tier, KEY, flip(span("weight")[0]))
     first, second = catalog.verify(tier, JOB, AT)
-    assert first == "rank-00000.safetensors: can't read: Input/output error"
+    assert first == f"{keys.folder(AT)}rank-00000.safetensors: can't read: Input/output error"
     assert second.startswith(FILE)
 
 
@@ -219,15 +212,61 @@ def test_no_manifest_no_checkpoint(tier: MemoryTier) -> None:
     assert len(catalog.verify(tier, JOB, AT)) == 1
 
 
-def test_shards_listed_in_another_order_are_fetched(tier: MemoryTier) -> None:
-    """Each rank gets its own shard, in whatever order a manifest lists them."""
+def test_a_manifest_that_leaves_bytes_out(tier: MemoryTier) -> None:
+    """A manifest that does not say what every byte of a shard is can't vouch for it."""
     key = keys.manifest_key(JOB, AT)
     document = json.loads(tier.get(key))
-    document["shards"].reverse()
+    del document["tensors"]["bias"]
     tier.put(key, json.dumps(document).encode())
-    slot = memoryview(bytearray(len(shard(1))))
-    catalog.fetch_shard(tier, JOB, catalog.load_manifest(tier, JOB, AT), 1, slot)
-    assert slot == shard(1)
+    problems = catalog.verify(tier, JOB, AT)
+    assert len(problems) == RANKS
+    assert all(problem.endswith("the manifest does not say what all its bytes are") for problem in problems)
+
+
+# --- what lies elsewhere ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def referring(tier: MemoryTier) -> CheckpointId:
+    """A checkpoint of which rank 1 writes nothing but its values; the rest it has from `AT`."""
+    later = CheckpointId(3, 50)
+    whole = shard(0)
+    tier.put(keys.shard_key(JOB, later, 0), whole)
+    layout = image.parse(memoryview(shard(1)))
+    packed = pack(memoryview(shard(1)), layout, {span.name for span in layout.spans[:-1]})
+    tier.put(keys.shard_key(JOB, later, 1), b"".join(packed.parts))
+    at = catalog.describe_shard(1, memoryview(shard(1)))
+    own = catalog.describe_shard(1, memoryview(b"".join(packed.parts)))
+    places = {span.name: Place(FILE, span.begin, span.end) for span in layout.spans[:-1]}
+    stored = replace(layout, spans=(*layout.spans[:-1], packed.layout.values))
+    content = ShardContent(1, stored, own.size_bytes, own.digest, {**at.digests, **own.digests}, places)
+    contents = [catalog.describe_shard(0, memoryview(whole)), content]
+    document = manifest.build(JOB, later, AT, contents, created_at=2.0, values={})
+    tier.put(keys.manifest_key(JOB, later), manifest.encode(document), create_only=True)
+    return later
+
+
+def test_references_are_followed(tier: MemoryTier, referring: CheckpointId) -> None:
+    """What lies in another checkpoint's file is checked there, each tensor by itself, and nothing else in that file."""
+    assert catalog.verify(tier, JOB, referring) == []
+    tier.delete(keys.manifest_key(JOB, AT))
+    change(tier, KEY, flip(10))  # a header that is nobody's business any more
+    change(tier, KEY, flip(span("__ckptd__.values")[0]))
+    assert catalog.verify(tier, JOB, referring) == []
+    change(tier, KEY, flip(span("bias")[0]))
+    assert catalog.verify(tier, JOB, referring) == [
+        f"{FILE}: tensor 'bias' is not what was committed (its digest differs)"
+    ]
+
+
+def test_a_file_that_is_too_short_names_what_is_lost(tier: MemoryTier, referring: CheckpointId) -> None:
+    """When a file that is referred to was cut or removed, each tensor that is lost is named, or how many there are."""
+    change(tier, KEY, lambda data: data.__delitem__(slice(span("bias")[1] - 1, None)))
+    (problem,) = catalog.verify(tier, JOB, referring)
+    assert problem.startswith(f"{FILE}: ")
+    assert "too short for tensor 'bias'" in problem
+    tier.delete(KEY)
+    assert catalog.verify(tier, JOB, referring) == [f"{FILE}: the file is missing, and 3 tensors in it"]
 
 
 # --- holdings ---------------------------------------------------------------------------------------------------
@@ -267,61 +306,16 @@ def test_a_damaged_generation_record_is_an_error(tier: MemoryTier, record: bytes
     assert caught.value.hint
 
 
-# --- deleting ---------------------------------------------------------------------------------------------------
-
-
-class RecordingTier(MemoryTier):
-    """Remembers which calls change or list it, and can fail at one of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, str]] = []
-        self.fails_at = ""
-
-    def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
-        super().put(key, data, create_only=create_only)
-
-    def delete(self, key: str) -> None:
-        self.calls.append(("delete", key))
-        if key == self.fails_at:
-            raise StoreError("no")
-        super().delete(key)
-
-    def list(self, prefix: str) -> Iterator[Entry]:
-        self.calls.append(("list", prefix))
-        return super().list(prefix)
-
-
-def test_delete_uncommits_first() -> None:
-    """The manifest goes before anything else is even looked at, and nothing of other checkpoints is touched."""
-    tier = RecordingTier()
-    commit(tier)
-    commit(tier, CheckpointId(2, 400))
-    catalog.delete(tier, JOB, AT)
-    assert tier.calls[0] == ("delete", keys.manifest_key(JOB, AT))
-    deleted = [key for call, key in tier.calls if call == "delete"]
-    assert sorted(deleted[1:]) == [keys.shard_key(JOB, AT, rank) for rank in range(RANKS)]
-    assert catalog.verify(tier, JOB, CheckpointId(2, 400)) == []
-    assert not list(tier.list(keys.checkpoint_prefix(JOB, AT)))
-
-
-def test_a_manifest_that_stays_keeps_its_shards() -> None:
-    """When the manifest can't be deleted, no shard is: a committed manifest never names a missing shard."""
-    tier = RecordingTier()
-    commit(tier)
-    tier.fails_at = keys.manifest_key(JOB, AT)
-    with pytest.raises(StoreError):
-        catalog.delete(tier, JOB, AT)
-    assert catalog.verify(tier, JOB, AT) == []
-
-
-def test_a_half_deleted_checkpoint_can_be_deleted_again() -> None:
-    """A delete that was interrupted after the manifest can be repeated, and leaves nothing."""
-    tier = RecordingTier()
-    commit(tier)
-    tier.fails_at = KEY
-    with pytest.raises(StoreError):
-        catalog.delete(tier, JOB, AT)
-    tier.fails_at = ""
-    catalog.delete(tier, JOB, AT)
-    assert tier.objects == {}
+def test_a_listing_reads_nothing(tier: MemoryTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generations, commits and files of a job are known from keys alone, whatever else lies there."""
+    commit(tier, CheckpointId(3, 1))
+    tier.delete(keys.manifest_key(JOB, CheckpointId(3, 1)))
+    tier.put(f"{JOB}/notes.txt", b"not ours")
+    monkeypatch.setattr(MemoryTier, "get", None)
+    listed = catalog.listing(tier, JOB)
+    assert (listed.generations, listed.committed) == ({AT.generation}, {AT})
+    assert listed.files == {
+        keys.folder(checkpoint) + keys.shard_file(rank): checkpoint
+        for checkpoint in (AT, CheckpointId(3, 1))
+        for rank in range(RANKS)
+    }

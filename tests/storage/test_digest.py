@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ckptd.storage.digest import DIGEST_NAME, StreamDigest, digest, shard_digest
+from ckptd.storage.digest import DIGEST_NAME, LEAF_BYTES, TensorDigest, digest, of_leaves, shard_digest, tensor_digest
 
 
 def test_known_values() -> None:
@@ -16,14 +17,23 @@ def test_known_values() -> None:
     assert len(digest(b"ckptd")) == 32
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.binary(max_size=300), max_size=8))
-def test_piece_by_piece_is_the_same(pieces: list[bytes]) -> None:
-    """Verification reads in blocks and gets the digest of the whole."""
-    state = StreamDigest()
-    for piece in pieces:
-        state.update(piece)
-    assert state.hexdigest() == digest(b"".join(pieces))
+def test_a_small_tensor_is_one_leaf() -> None:
+    """A tensor of up to one leaf has the digest of its bytes, so that any tool can check it, and no list of leaves."""
+    assert tensor_digest(memoryview(b"")) == TensorDigest(digest(b""))
+    assert tensor_digest(memoryview(b"ckptd")) == TensorDigest(digest(b"ckptd"))
+    whole = memoryview(bytes(LEAF_BYTES))
+    assert tensor_digest(whole) == TensorDigest(digest(whole))
+
+
+@pytest.mark.parametrize("more", [1, LEAF_BYTES - 1, LEAF_BYTES, LEAF_BYTES + 1])
+def test_a_large_tensor_is_digested_by_leaf(more: int) -> None:
+    """Leaves are of one size but for the last, each has its own digest, and the tensor's is that of those."""
+    data = memoryview(bytes(range(256)) * ((LEAF_BYTES + more) // 256 + 1))[: LEAF_BYTES + more]
+    found = tensor_digest(data)
+    parts = [data[at : at + LEAF_BYTES] for at in range(0, len(data), LEAF_BYTES)]
+    assert found == of_leaves(digest(part) for part in parts)
+    assert found.leaves == tuple(digest(part) for part in parts)
+    assert found.value == digest(b"".join(bytes.fromhex(leaf) for leaf in found.leaves))
 
 
 @settings(max_examples=200, deadline=None)

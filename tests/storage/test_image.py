@@ -17,15 +17,27 @@ from hypothesis import strategies as st
 
 from ckptd.errors import DamagedError
 from ckptd.storage import image
-from ckptd.storage.image import BLOCK_BYTES, ITEM_BYTES, VALUES_NAME, Layout, TensorSpec
+from ckptd.storage.image import BLOCK_BYTES, ITEM_BYTES, PIECES_KEY, VALUES_NAME, Layout, TensorSpec
+from ckptd.types import Piece
 
 _NAMES = st.text(st.characters(codec="utf-8"), max_size=20).filter(
     lambda name: name not in (VALUES_NAME, "__metadata__")
 )
 _SHAPES = st.lists(st.integers(0, 7), max_size=4).map(tuple)
-_SPECS = st.lists(
-    st.builds(TensorSpec, _NAMES, st.sampled_from(sorted(ITEM_BYTES)), _SHAPES), max_size=12, unique_by=lambda s: s.name
-)
+
+
+@st.composite
+def _spec(draw: st.DrawFn) -> TensorSpec:
+    """A tensor of one rank, or a part of one of the job."""
+    name, dtype, shape = draw(_NAMES), draw(st.sampled_from(sorted(ITEM_BYTES))), draw(_SHAPES)
+    if not draw(st.booleans()):
+        return TensorSpec(name, dtype, shape)
+    offset = tuple(draw(st.integers(0, 9)) for _ in shape)
+    whole = tuple(begin + size + draw(st.integers(0, 9)) for begin, size in zip(offset, shape, strict=True))
+    return TensorSpec(name, dtype, shape, Piece(draw(_NAMES), whole, offset))
+
+
+_SPECS = st.lists(_spec(), max_size=12, unique_by=lambda spec: spec.name)
 _METADATA = st.dictionaries(st.text(max_size=10), st.text(max_size=10), max_size=4)
 _TORCH = {
     "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64, "C64": torch.complex64,
@@ -121,7 +133,10 @@ def test_safetensors_agrees(tmp_path: Path, specs: list[TensorSpec], metadata: d
     path.write_bytes(data)
     spans = {span.name: span for span in layout.spans}
     with safetensors.safe_open(path, "pt") as opened:
-        assert (opened.metadata() or {}) == metadata
+        found = opened.metadata() or {}
+        pieces = json.loads(found.pop(PIECES_KEY, "{}"))
+        assert found == metadata
+        assert pieces == {spec.name: json.loads(json.dumps(spec.piece)) for spec in specs if spec.piece is not None}
         assert set(opened.keys()) == set(spans)
         for name, span in spans.items():
             part = opened.get_slice(name)
@@ -249,6 +264,19 @@ def test_a_header_that_lies_is_refused(what: str, tensor: object, says: str) -> 
     """A header with a gap, an overlap, an unknown dtype or an impossible shape is a `DamagedError` that says so."""
     with pytest.raises(DamagedError, match=says):
         _read_everything(with_header({"t": tensor, VALUES_NAME: _VALUES}, size=3 * BLOCK_BYTES))
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    ["{", "[]", "7", '{"t": 7}', '{"t": ["whole", [8]]}', '{"t": ["whole", [8], [5]]}', '{"t": ["whole", [8], [-1]]}',
+     '{"t": ["whole", [8, 1], [0, 0]]}', '{"t": ["whole", [8.0], [0]]}', '{"t": ["whole", "8", "0"]}'],
+)  # fmt: skip
+def test_parts_that_can_not_be_are_refused(pieces: str) -> None:
+    """Metadata that calls an entry a part of a tensor it can't be a part of is a `DamagedError`."""
+    tensor = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    entries = {"__metadata__": {PIECES_KEY: pieces}, "t": tensor, VALUES_NAME: _VALUES}
+    with pytest.raises(DamagedError, match="can't be read"):
+        _read_everything(with_header(entries, size=3 * BLOCK_BYTES))
 
 
 def test_a_file_without_values_is_not_ours() -> None:

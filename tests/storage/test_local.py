@@ -1,168 +1,30 @@
-"""What is particular to the local tier: direct and buffered writes, temporary files, full disks, foreign folders."""
+"""What is particular to the local tier: temporary files, full disks, foreign folders."""
 
 from __future__ import annotations
 
 import errno
 import json
-import mmap
 import os
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from ckptd.errors import DamagedError, FencedError, NotFoundError, StoreError
+from ckptd.errors import FencedError, NotFoundError, StoreError
 from ckptd.storage import local
 from ckptd.storage.local import LocalTier
-
-DIRECT_BYTES = 2**20
+from ckptd.storage.tier import Pace
+from tests.storage.files import files_below
 
 
 @pytest.fixture
 def tier(tmp_path: Path) -> LocalTier:
     """A local tier in a folder that does not exist yet."""
     return LocalTier(tmp_path / "store")
-
-
-@pytest.fixture
-def flags_used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Every file that was opened for data, with its flags, while the real calls go on."""
-    used: list[tuple[str, int]] = []
-    real = os.open
-
-    def recording(path: str | Path, flags: int, mode: int = 0o777, **more: int) -> int:
-        if not flags & os.O_DIRECTORY:
-            used.append((Path(path).name, flags))
-        return real(path, flags, mode, **more)
-
-    monkeypatch.setattr(os, "open", recording)
-    return used
-
-
-def aligned(size: int, filling: bytes = b"d") -> memoryview:
-    """Memory that begins on a page, as slots do."""
-    view = memoryview(mmap.mmap(-1, size))
-    view[:] = filling * size
-    return view
-
-
-def files_below(folder: Path) -> set[str]:
-    """Every file below a folder, whatever its name."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-
-
-# --- direct and buffered ----------------------------------------------------------------------------------------
-
-
-def test_a_large_aligned_image_goes_past_the_page_cache(tier: LocalTier, flags_used: list[tuple[str, int]]) -> None:
-    """A whole number of blocks in page-aligned memory is opened with O_DIRECT, once, for writing and for reading."""
-    tier.put("job/before", b"x")
-    try:
-        os.close(os.open(tier.root / "job/before", os.O_RDONLY | os.O_DIRECT))
-    except OSError:
-        pytest.skip("this filesystem has no O_DIRECT")
-    flags_used.clear()
-    tier.put("job/image", aligned(DIRECT_BYTES))
-    into = aligned(DIRECT_BYTES, b"\0")
-    tier.read_into("job/image", 0, into)
-    assert into == aligned(DIRECT_BYTES)
-    assert [bool(flags & os.O_DIRECT) for _, flags in flags_used] == [True, True]
-
-
-@pytest.mark.parametrize("size", [10, DIRECT_BYTES - 4096, DIRECT_BYTES + 1, 3 * DIRECT_BYTES - 1])
-def test_other_sizes_are_written_buffered(tier: LocalTier, flags_used: list[tuple[str, int]], size: int) -> None:
-    """Small objects, and those that are no whole number of blocks, are never tried with O_DIRECT."""
-    tier.put("job/object", b"b" * size)
-    into = memoryview(bytearray(size))
-    tier.read_into("job/object", 0, into)
-    assert into == b"b" * size
-    assert not any(flags & os.O_DIRECT for _, flags in flags_used)
-
-
-def test_memory_that_is_not_aligned_falls_back(tier: LocalTier) -> None:
-    """A view that begins anywhere is written and read whole, where the filesystem refuses it with O_DIRECT."""
-    data = memoryview(b"x" + b"u" * DIRECT_BYTES)[1:]
-    tier.put("job/unaligned", data)
-    room = memoryview(bytearray(DIRECT_BYTES + 3))[3:]
-    tier.read_into("job/unaligned", 0, room)
-    assert room == data
-
-
-@pytest.mark.parametrize("refused", ["open", "pwrite"])
-def test_a_filesystem_that_refuses_direct_io_gets_buffered_writes(
-    tier: LocalTier, monkeypatch: pytest.MonkeyPatch, refused: str
-) -> None:
-    """EINVAL from opening or from the first direct write leads to a buffered write, still with its fsync."""
-    direct: set[int] = set()
-    synced: list[int] = []
-    real_open, real_pwrite, real_fsync = os.open, os.pwrite, os.fsync
-
-    def opening(path: str, flags: int, mode: int = 0o777) -> int:
-        if flags & os.O_DIRECT and refused == "open":
-            raise OSError(errno.EINVAL, "no O_DIRECT here")
-        descriptor = real_open(path, flags & ~os.O_DIRECT, mode)
-        (direct.add if flags & os.O_DIRECT else direct.discard)(descriptor)
-        return descriptor
-
-    def writing(descriptor: int, data: memoryview, offset: int) -> int:
-        if descriptor in direct:
-            raise OSError(errno.EINVAL, "another alignment, please")
-        return real_pwrite(descriptor, data, offset)
-
-    def syncing(descriptor: int) -> None:
-        synced.append(os.fstat(descriptor).st_size)
-        real_fsync(descriptor)
-
-    monkeypatch.setattr(os, "open", opening)
-    monkeypatch.setattr(os, "pwrite", writing)
-    monkeypatch.setattr(os, "fsync", syncing)
-    tier.put("job/image", aligned(DIRECT_BYTES))
-    assert DIRECT_BYTES in synced
-    monkeypatch.undo()
-    assert tier.get("job/image") == b"d" * DIRECT_BYTES
-
-
-def test_another_error_of_a_direct_write_is_not_hidden(tier: LocalTier, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EIO is reported as a `StoreError` with its hint, never answered by trying again without O_DIRECT."""
-    calls: list[int] = []
-
-    def failing(descriptor: int, data: memoryview, offset: int) -> int:
-        calls.append(offset)
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "pwrite", failing)
-    with pytest.raises(StoreError, match="Input/output error") as caught:
-        tier.put("job/image", aligned(DIRECT_BYTES))
-    assert caught.value.hint == "the disk reports errors: look into the kernel's log"
-    assert len(calls) == 1
-    assert files_below(tier.root) == set()
-
-
-def test_short_writes_are_continued(tier: LocalTier, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that takes only a part of a write gets the rest in further calls."""
-    real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:1000], offset))
-    tier.put("job/object", b"".join(b"%07d\n" % number for number in range(2000)))
-    assert tier.get("job/object").splitlines()[-1] == b"0001999"
-
-
-def test_a_failed_fsync_fails_the_put(tier: LocalTier, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the disk says that it could not keep the bytes, no object appears."""
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
-    with pytest.raises(StoreError):
-        tier.put("object", b"x" * 5000)
-    assert files_below(tier.root) == set()
-
-
-def test_a_truncated_file_is_damage_for_direct_reads_too(tier: LocalTier) -> None:
-    """A file cut in the middle of a block is noticed by the O_DIRECT read, which says where it ends."""
-    tier.put("job/image", aligned(2 * DIRECT_BYTES))
-    os.truncate(tier.root / "job/image", DIRECT_BYTES + 5000)
-    with pytest.raises(DamagedError, match=f"ends at byte {DIRECT_BYTES + 5000}"):
-        tier.read_into("job/image", 0, aligned(2 * DIRECT_BYTES))
 
 
 # --- temporary files --------------------------------------------------------------------------------------------
@@ -343,11 +205,11 @@ def test_a_folder_that_vanishes_under_a_put_is_made_again(tier: LocalTier, monke
     """A prune that removes the still empty folder between its creation and the first write does not fail the put."""
     real, turns = local._write, []
 
-    def meeting_a_prune(path: Path, data: memoryview) -> None:
+    def meeting_a_prune(path: Path, parts: Sequence[memoryview], pace: Pace | None) -> None:
         turns.append(path)
         if len(turns) <= 2:
             shutil.rmtree(tier.root / "job")
-        real(path, data)
+        real(path, parts, pace)
 
     monkeypatch.setattr(local, "_write", meeting_a_prune)
     tier.put("job/g1/s1/a", b"x")

@@ -9,21 +9,32 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ckptd.errors import DamagedError
+from ckptd.errors import DamagedError, StateError
 from ckptd.storage import image, manifest
+from ckptd.storage.digest import LEAF_BYTES, TensorDigest, digest, of_leaves
 from ckptd.storage.image import VALUES_NAME, TensorSpec
-from ckptd.storage.manifest import ShardContent
-from ckptd.types import CheckpointId
+from ckptd.storage.manifest import Place, ShardContent
+from ckptd.types import CheckpointId, Piece
 from ckptd.version import __version__
 
-_DIGEST = st.text("0123456789abcdef", min_size=32, max_size=32)
 _IDS = st.builds(CheckpointId, st.integers(1, 10**6), st.integers(0, 10**12))
 
 
 def content(rank: int, specs: list[TensorSpec]) -> ShardContent:
     """What a flush knows of a shard, with digests that tell rank and tensor."""
     layout = image.plan(specs, 10, {})
-    return ShardContent(rank, layout, f"{rank:032x}", {span.name: f"{rank}{span.name}" for span in layout.spans})
+    digests = {span.name: TensorDigest(digest(f"{rank} {span.name}".encode())) for span in layout.spans}
+    return ShardContent(rank, layout, layout.image_bytes, f"{rank:032x}", digests)
+
+
+def part(tensor: str, whole: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]) -> TensorSpec:
+    """A part of a tensor of the job."""
+    return TensorSpec(tensor, "F32", shape, Piece(tensor, whole, offset))
+
+
+def build(shards: list[ShardContent]) -> dict[str, Any]:
+    """A manifest of those shards."""
+    return manifest.build("gpt", CheckpointId(3, 40), None, shards, created_at=0.0, values={})
 
 
 def document(ranks: int = 2) -> dict[str, Any]:
@@ -60,7 +71,20 @@ def test_round_trip(
     for shard, given_shard in zip(read.shards, shards, strict=True):
         assert (shard.rank, shard.digest) == (given_shard.rank, given_shard.digest)
         assert shard.size_bytes == given_shard.layout.image_bytes
-        assert shard.tensor_digests == given_shard.tensor_digests
+        chunks = {
+            chunk.entry: chunk
+            for tensor in read.tensors.values()
+            for chunk in tensor.chunks
+            if chunk.shard == shard.rank
+        }
+        assert {name: chunk.digest for name, chunk in chunks.items()} == {
+            name: found.value for name, found in given_shard.digests.items()
+        }
+        assert {(chunk.entry, chunk.begin, chunk.end) for chunk in chunks.values()} == {
+            (span.name, span.begin, span.end) for span in given_shard.layout.spans
+        }
+        assert not any(read.refers(chunk) for chunk in chunks.values())
+    assert read.state_bytes == sum(shard.layout.image_bytes - len(shard.layout.header) for shard in shards)
     assert read.size_bytes == sum(shard.layout.image_bytes for shard in shards)
 
 
@@ -88,14 +112,91 @@ def test_ranks_may_differ() -> None:
         ),
         content(1, [TensorSpec("shape", "F32", (3,)), TensorSpec("dtype", "F16", (2,))]),
     ]
-    built = manifest.build("gpt", CheckpointId(1, 1), None, shards, created_at=0.0, values={})
-    tensors = built["tensors"]
+    built = build(shards)
+    tensors = json.loads(manifest.encode(built))["tensors"]
     assert (tensors["shape"]["shape"], tensors["shape"]["dtype"]) == (None, "F32")
     assert [chunk["shape"] for chunk in tensors["shape"]["chunks"]] == [[2], [3]]
     assert (tensors["dtype"]["shape"], tensors["dtype"]["dtype"]) == ([2], None)
     assert [chunk["shard"] for chunk in tensors["only-0"]["chunks"]] == [0]
     read = manifest.parse(manifest.encode(built), "here")
-    assert "only-0" not in read.shards[1].tensor_digests
+    assert [chunk.shard for chunk in read.tensors["only-0"].chunks] == [0]
+    assert [chunk.dtype for chunk in read.tensors["dtype"].chunks] == ["F32", "F16"]
+    assert [chunk.shape for chunk in read.tensors["shape"].chunks] == [(2,), (3,)]
+
+
+# --- tensors of the job -----------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_tensor_of_the_job() -> None:
+    """A tensor that ranks share out is one tensor of the whole shape, with a box for each part, whoever has several."""
+    two = TensorSpec("w~2", "F32", (1, 4), Piece("w", (4, 4), (3, 0)))
+    shards = [content(0, [part("w", (4, 4), (0, 0), (2, 4)), two]), content(1, [part("w", (4, 4), (2, 0), (1, 4))])]
+    read = manifest.parse(manifest.encode(build(shards)), "here")
+    tensor = read.tensors["w"]
+    assert (tensor.placement, tensor.shape) == ("job", (4, 4))
+    assert [(chunk.shard, chunk.entry, chunk.offset, chunk.shape) for chunk in tensor.chunks] == [
+        (0, "w", (0, 0), (2, 4)),
+        (0, "w~2", (3, 0), (1, 4)),
+        (1, "w", (2, 0), (1, 4)),
+    ]
+
+
+def test_an_empty_part_is_no_part_too_many() -> None:
+    """A rank whose share is empty does not stand in the way, wherever its share would begin."""
+    shards = [content(0, [part("w", (2,), (0,), (2,))])]
+    shards += [content(rank, [part("w", (2,), (2,), (0,))]) for rank in (1, 2)]
+    assert len(manifest.parse(manifest.encode(build(shards)), "here").tensors["w"].chunks) == 3
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ([part("w", (4,), (0,), (2,)), part("w", (4,), (2,), (1,))], "do not make up the whole"),
+        ([part("w", (4,), (0,), (2,)), part("w", (4,), (0,), (2,))], "do not make up the whole"),
+        ([part("w", (4,), (0,), (4,)), part("w", (4,), (1,), (2,))], "do not make up the whole"),
+        ([part("w", (4,), (0,), (2,)), part("w", (5,), (2,), (2,))], "disagree"),
+        ([part("w", (4,), (0,), (4,)), TensorSpec("w", "F32", (4,))], "disagree"),
+        ([TensorSpec("w", "F32", (4,)), part("w", (4,), (0,), (4,))], "disagree"),
+    ],
+)
+def test_ranks_that_do_not_fit_together_are_refused(parts: list[TensorSpec], says: str) -> None:
+    """What the ranks hold of a tensor of the job makes up the whole tensor, or there is no manifest, with its name."""
+    with pytest.raises(StateError, match=says) as caught:
+        build([content(rank, [spec]) for rank, spec in enumerate(parts)])
+    assert "'w'" in caught.value.message
+    assert caught.value.hint
+
+
+def test_places_and_leaves() -> None:
+    """What lies elsewhere says where, and what has several leaves lists their digests."""
+    spec = TensorSpec("big", "U8", (2 * LEAF_BYTES + 1,))
+    plain = content(0, [spec])
+    size = spec.size_bytes
+    leaves = of_leaves(digest(bytes([at])) for at in range(3))
+    digests = {**plain.digests, "big": leaves}
+    file = "g000001/s000000000007/rank-00003.safetensors"
+    moved = ShardContent(0, plain.layout, 4096, None, digests, {"big": Place(file, 100, 100 + size)})
+    built = build([moved])
+    (chunk,) = built["tensors"]["big"]["chunks"]
+    assert (chunk["file"], list(chunk["byte_range"]), list(chunk["leaves"])) == (
+        file,
+        [100, 100 + size],
+        list(leaves.leaves),
+    )
+    read = manifest.parse(manifest.encode(built), "here")
+    (found,) = read.tensors["big"].chunks
+    assert (found.file, found.begin, found.digest, found.leaves) == (file, 100, *leaves)
+    assert read.refers(found)
+    assert read.files == {file, "g000003/s000000000040/rank-00000.safetensors"}
+    assert (read.size_bytes, read.state_bytes) == (4096, size + plain.layout.values.end - plain.layout.values.begin)
+
+
+def test_a_snapshot_has_no_digests() -> None:
+    """The document of a snapshot in memory that was not digested is read, and says so with None."""
+    layout = image.plan([TensorSpec("big", "U8", (2 * LEAF_BYTES,))], 10, {})
+    read = manifest.parse(manifest.encode(build([ShardContent(0, layout, layout.image_bytes, None, {})])), "here")
+    assert read.shards[0].digest is None
+    assert {chunk.digest for tensor in read.tensors.values() for chunk in tensor.chunks} == {None}
 
 
 def test_shards_are_found_by_rank() -> None:
@@ -148,7 +249,11 @@ def _changed(**fields: Any) -> dict[str, Any]:
         (_changed(shards={}), ""),
         (_changed(shards=[{"rank": 0}, {"rank": 1}]), "'file'"),
         (_changed(tensors=[]), ""),
-        (_changed(tensors={"weight": {"chunks": [{"shard": 7, "digest": "x"}]}}), "7"),
+        (_changed(tensors={"weight": {"chunks": []}}), "lacks 'placement'"),
+        (_changed(tensors={"w": document()["tensors"]["weight"] | {"chunks": []}}), "no chunks"),
+        (_changed(tensors={"w": document()["tensors"]["weight"] | {"placement": "node"}}), "placement 'node'"),
+        (_changed(digest="crc32"), "digests of an unknown kind"),
+        (_changed(leaf_bytes=7), "digests of an unknown kind"),
         (_changed(step=float("inf")), ""),
         (_changed(step=None), ""),
         (_changed(created_at="yesterday"), ""),
@@ -158,12 +263,50 @@ def _changed(**fields: Any) -> dict[str, Any]:
         (_changed(values=[1]), ""),
         (_changed(values={"loss": "low"}), ""),
     ],
-    ids=range(22),
+    ids=range(26),
 )
 def test_a_manifest_that_lies_is_damaged(spoiled: dict[str, Any], says: str) -> None:
     """A wrong format, an incomplete list of ranks or a field of another type is a `DamagedError` with its place."""
     with pytest.raises(DamagedError, match="the manifest here") as caught:
         manifest.parse(json.dumps(spoiled).encode(), "here")
+    assert says in caught.value.message
+
+
+_CHUNK = document()["tensors"]["weight"]["chunks"][0]
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "says"),
+    [
+        ({"shard": 2}, "no shard 2"),
+        ({"shard": -1}, "no shard -1"),
+        ({"shard": "0"}, "no shard '0'"),
+        ({"shard": True}, "no shard True"),
+        ({"byte_range": [4096, 4100]}, "byte range"),
+        ({"byte_range": [-24, 0]}, ""),
+        ({"byte_range": [0]}, ""),
+        ({"shape": [2, 2]}, "byte range"),
+        ({"shape": [-2, -3]}, ""),
+        ({"shape": [3.0, 2.0]}, ""),
+        ({"offset": "00"}, ""),
+        ({"digest": "no hex"}, "digest"),
+        ({"digest": "00"}, "digest"),
+        ({"digest": 7}, "digest"),
+        ({"leaves": ["0" * 32]}, "leaves"),
+        ({"file": "/etc/passwd"}, "the file '/etc/passwd'"),
+        ({"file": "../other/g000001/s000000000001/rank-00000.safetensors"}, "the file"),
+        ({"file": "g000001/s000000000001/../manifest.json"}, "the file"),
+        ({"file": "rank-00000.safetensors"}, "the file"),
+        ({"file": 7}, ""),
+    ],
+    ids=range(20),
+)
+def test_a_chunk_that_lies_is_damaged(spoiled: dict[str, Any], says: str) -> None:
+    """A chunk of an impossible shard, range, shape, digest or file is a `DamagedError`: no reader meets it."""
+    lying = document()
+    lying["tensors"]["weight"]["chunks"][0] = _CHUNK | spoiled
+    with pytest.raises(DamagedError, match="the manifest here") as caught:
+        manifest.parse(json.dumps(lying).encode(), "here")
     assert says in caught.value.message
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from ckptd.errors import FencedError, NotFoundError, StoreError
 from ckptd.storage.local import LocalTier
 from ckptd.storage.memory import MemoryTier
-from ckptd.storage.tier import Buffer, Capabilities, Entry, Tier
+from ckptd.storage.tier import Capabilities, Data, Entry, Pace, Tier, buffers
 from ckptd.testing import TierSuite, race
 
 
@@ -79,10 +80,10 @@ class _Plain(MemoryTier):
 
     capabilities = Capabilities(create_only_put=False, range_read=False, survives_process=False, survives_node=False)
 
-    def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
+    def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         if create_only:
             raise StoreError("this tier has no create-only put")
-        super().put(key, data)
+        super().put(key, data, pace=pace)
 
 
 class TestPlainTier(TierSuite):
@@ -95,14 +96,14 @@ class TestPlainTier(TierSuite):
 
 
 class _Pretending(_Plain):
-    def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
+    def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         if create_only and key in self.objects:
             raise FencedError(f"{key} exists")
         super().put(key, data)
 
 
 class _CheckThenWrite(MemoryTier):
-    def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
+    def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         if create_only:
             exists = key in self.objects
             time.sleep(0.002)  # time for another thread between the check and the write
@@ -112,7 +113,7 @@ class _CheckThenWrite(MemoryTier):
 
 
 class _Borrowing(MemoryTier):
-    def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
+    def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         super().put(key, b"", create_only=create_only)
         self.objects[key] = (data, self.objects[key][1])  # type: ignore[assignment]
 
@@ -137,10 +138,30 @@ class _StrictDeleting(MemoryTier):
 
 
 class _Tearing(MemoryTier):
-    def put(self, key: str, data: Buffer, *, create_only: bool = False) -> None:
-        super().put(key, data[: len(data) // 2], create_only=create_only)
+    def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
+        whole = b"".join(buffers(data))
+        super().put(key, whole[: len(whole) // 2], create_only=create_only)
         time.sleep(0.002)  # time for a reader
         super().put(key, data)
+
+
+class _FirstBufferOnly(MemoryTier):
+    def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
+        super().put(key, buffers(data)[:1], create_only=create_only, pace=pace)
+
+
+class _Unpaced(MemoryTier):
+    def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
+        super().put(key, data, create_only=create_only)
+
+
+class _OpeningToWrite(MemoryTier):
+    def open(self, key: str) -> int:
+        descriptor = super().open(key)
+        try:
+            return os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        finally:
+            os.close(descriptor)
 
 
 class _Leaving(MemoryTier):
@@ -158,6 +179,9 @@ class _Leaving(MemoryTier):
         (_FolderListing, "test_lists_by_prefix"),
         (_StrictDeleting, "test_deleting_nothing_is_no_error"),
         (_Tearing, "test_is_seen_whole_or_not_at_all"),
+        (_FirstBufferOnly, "test_puts_several_buffers_as_one"),
+        (_Unpaced, "test_asks_before_it_moves"),
+        (_OpeningToWrite, "test_opens_for_reading"),
         (_Leaving, "test_says_that_it_is_writable"),
     ],
 )

@@ -44,8 +44,11 @@ def job(**changes: Any) -> JobConfig:
         ({"every_s": float("inf")}, "every is inf s"),
         ({"keep_last": 0}, "keep_last is 0"),
         ({"max_restarts": -1}, "max_restarts is -1"),
-        ({"slots": 1}, "slots is 1"),
+        ({"slots": 0}, "slots is 0"),
         ({"slots": 9}, "slots is 9"),
+        ({"flush_max_bytes_per_s": -1}, "flush_max is -1 bytes per second"),
+        ({"overlap": "maybe"}, "overlap is 'maybe'"),
+        ({"overlap": ""}, "overlap is ''"),
         ({"store": ""}, "no store is named"),
     ],
 )
@@ -59,7 +62,16 @@ def test_a_job_that_can_not_run_is_refused(changes: dict[str, Any], says: str) -
 
 @pytest.mark.parametrize(
     "changes",
-    [{"nproc": 1}, {"nproc": MAX_NPROC}, {"keep_last": 1}, {"max_restarts": 0}, {"slots": 8}, {"name": "a.b-c_D9"}],
+    [
+        {"nproc": 1},
+        {"nproc": MAX_NPROC},
+        {"keep_last": 1},
+        {"max_restarts": 0},
+        {"slots": 1},
+        {"slots": 8},
+        {"flush_max_bytes_per_s": 1},
+        {"name": "a.b-c_D9"},
+    ],
 )
 def test_the_limits_themselves_are_allowed(changes: dict[str, Any]) -> None:
     """The smallest and the largest value that make sense are taken."""
@@ -89,7 +101,10 @@ _TEXT = st.text(min_size=1, max_size=8)
         python=_TEXT,
         cwd=_TEXT,
         env=st.dictionaries(_TEXT, _TEXT, max_size=3),
-        slots=st.integers(2, 8),
+        slots=st.integers(1, 8),
+        reuse_unchanged=st.booleans(),
+        flush_max_bytes_per_s=st.integers(0, 2**40),
+        overlap=st.sampled_from(config_module.OVERLAPS),
     )
 )
 def test_round_trip(config: JobConfig) -> None:
@@ -107,6 +122,9 @@ def test_round_trip(config: JobConfig) -> None:
         ({"keep_last": 1.5}, "keep_last must be a whole number, not 1.5"),
         ({"max_restarts": "many"}, "max_restarts must be a whole number, not 'many'"),
         ({"slots": None}, "slots must be a whole number, not None"),
+        ({"reuse_unchanged": 1}, "reuse_unchanged must be true or false, not 1"),
+        ({"flush_max_bytes_per_s": "500MB/s"}, "flush_max_bytes_per_s must be a whole number, not '500MB/s'"),
+        ({"overlap": True}, "overlap must be text, not True"),
         ({"every_s": "30s"}, "every_s must be a number of seconds, not '30s'"),
         ({"every_s": True}, "every_s must be a number of seconds, not True"),
         ({"command": "train.py"}, "command must be a list of strings"),
@@ -165,6 +183,9 @@ def test_a_job_file(tmp_path: Path) -> None:
         preload = ["torch", "numpy"]
         cwd = "sub"
         slots = 3
+        reuse_unchanged = false
+        flush_max = "500MB/s"
+        overlap = "off"
         env = {OMP_NUM_THREADS = "1"}
         """,
     )
@@ -179,6 +200,9 @@ def test_a_job_file(tmp_path: Path) -> None:
         preload=("torch", "numpy"),
         cwd=f"{tmp_path}/sub",
         slots=3,
+        reuse_unchanged=False,
+        flush_max_bytes_per_s=500_000_000,
+        overlap="off",
         env={"OMP_NUM_THREADS": "1"},
     )
 
@@ -204,6 +228,8 @@ def test_a_short_job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ('command = ["train.py"]\nstore = "runs"\nevery = 5', "every '5' is no duration"),
         ('command = ["train.py"]\nstore = "runs"\nnproc = 0', "nproc is 0"),
         ('command = ["train.py"]\nstore = "runs"\nnproc = "2"', "nproc must be a whole number"),
+        ('command = ["train.py"]\nstore = "runs"\nflush_max = "fast"', "flush_max 'fast' is no size"),
+        ('command = ["train.py"]\nstore = "runs"\nslots = 9', "slots is 9"),
         ('command = ["train.py"]\nstore = "runs"\nsteps = 5', "a job has no setting 'steps'"),
         ('command = ["train.py"]\nstore = "runs"\nname = "a b"', "'a b' can't name a job"),
         ('command = ["train.py"]\nstore = "runs"\npreload = true', "preload must be a list of strings"),
@@ -230,6 +256,22 @@ def test_a_job_file_that_can_not_be_read(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=says) as caught:
             load_job_file(path)
         assert str(path) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_s"),
+    [("500MB/s", 500_000_000), ("500MB", 500_000_000), (" 1.5GiB/s ", 3 * 2**29), ("0", 0), ("64", 64)],
+)
+def test_a_rate(text: str, bytes_per_s: int) -> None:
+    """A rate is a size, of a second if one says so or not."""
+    assert config_module.parse_rate(text, "--flush-max") == bytes_per_s
+
+
+@pytest.mark.parametrize("text", ["fast", "-1MB/s", "5MB/min", "5/s/s", ""])
+def test_no_rate(text: str) -> None:
+    """What is no rate is refused by the option's name."""
+    with pytest.raises(ConfigError, match="--flush-max"):
+        config_module.parse_rate(text, "--flush-max")
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,12 @@ def test_a_step_with_a_page_is_cheap(page: ControlPage) -> None:
     assert page.words[Word.STEP] == run._step > 5000
 
 
+def test_a_hook_is_cheap(page: ControlPage) -> None:
+    """An optimizer's step that has nothing to wait for is not held up by the question."""
+    run = protected(page)
+    assert cost_s(run._before_optimizer_step) < STEP_RATIO * cost_s(empty)
+
+
 def test_steps_in_a_loop_are_cheap(page: ControlPage) -> None:
     """`for step in run.steps(...)` costs hardly more than `run.step()` in a loop."""
     run = protected(page)

@@ -1,86 +1,28 @@
-"""Capture: from a harvest to an image in a slot, with what does not change from step to step kept ready."""
+"""Capture: from a harvest to an image in a slot, at the boundary or beside training."""
 
 from __future__ import annotations
 
 import ctypes
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from itertools import compress
-from operator import attrgetter, eq
-from typing import Any
+from operator import add
+from typing import Any, NamedTuple
 
 import torch
 
 from ckptd.errors import invariant
-from ckptd.storage.image import Layout, TensorSpec, plan, write_values
+from ckptd.storage.image import Layout, write_values
 from ckptd_integrations.torch.copying import copy_bytes
+from ckptd_integrations.torch.cuda import DeviceCopies, PageLocks
+from ckptd_integrations.torch.layouts import Columns, LayoutCache, Placed, Placement, Routes, joined
+from ckptd_integrations.torch.overlap import PendingCopy, StepHook, Watch
+from ckptd_integrations.torch.roles import Roles
 from ckptd_integrations.torch.tensors import DTYPES, TensorTable
 from ckptd_integrations.torch.tree import TREE_VERSION
-
-METADATA: Mapping[str, str] = {
-    "format": "pt",
-    "ckptd.framework": "torch",
-    "ckptd.tree": str(TREE_VERSION),
-    "torch": str(torch.__version__),
-}
-"""What the header of an image says about its contents; `format` is what the safetensors world looks for."""
-
-_LENGTH_BYTES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """A layout, and in the order of the harvest where each tensor begins in it and how many bytes it has."""
-
-    layout: Layout
-    offsets: list[int]
-    sizes: list[int]
-
-    @property
-    def values_capacity(self) -> int:
-        """How long the values blob may become; its place begins with its length."""
-        values = self.layout.values
-        return values.end - values.begin - _LENGTH_BYTES
-
-
-class LayoutCache:
-    """Reuses the layout of the previous capture while names, dtypes and shapes are the same and the values fit.
-
-    A layout of 10,000 tensors takes 50 ms to make, and the agent has to be told of a new one.
-    """
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._dtypes: list[str] = []
-        self._shapes: list[tuple[int, ...]] = []
-        self._placement: Placement | None = None
-
-    def place(self, table: TensorTable, values_bytes: int) -> Placement:
-        """Return where `table` and a values blob of `values_bytes` go."""
-        current = self._placement
-        if current is not None and self._is_same(table) and values_bytes <= current.values_capacity:
-            return current
-        self._names, self._dtypes = table.names, table.dtypes
-        self._shapes = [tuple(tensor.shape) for tensor in table.tensors]
-        columns = zip(self._names, self._dtypes, self._shapes, strict=True)
-        specs = [TensorSpec(name, dtype, shape) for name, dtype, shape in columns]
-        # Room to grow, because lengths of numbers and lists change from step to step and a new layout costs more.
-        layout = plan(specs, values_bytes + values_bytes // 4 + 1024, METADATA)
-        spans = {span.name: span for span in layout.spans}
-        self._placement = Placement(
-            layout, [spans[name].begin for name in table.names], [spec.size_bytes for spec in specs]
-        )
-        return self._placement
-
-    def _is_same(self, table: TensorTable) -> bool:
-        # Shapes are compared as they are made: 10,000 living tuples would set off the garbage collector each time.
-        return (
-            self._names == table.names
-            and self._dtypes == table.dtypes
-            and all(map(eq, map(attrgetter("shape"), table.tensors), self._shapes))
-        )
+from ckptd_integrations.torch.witness import Witness, narrowed
 
 
 def pack_values(entries: Sequence[tuple[str, Any]], table: TensorTable) -> bytes:
@@ -100,16 +42,30 @@ def pack_values(entries: Sequence[tuple[str, Any]], table: TensorTable) -> bytes
     return blob.getvalue()
 
 
+class Means(NamedTuple):
+    """What captures of one binding have in common."""
+
+    layouts: LayoutCache
+    hook: StepHook
+    locks: PageLocks
+
+
 class TorchImage:
     """The state of one boundary, collected but not yet copied: the `PreparedImage` of this integration.
 
     It refers to the live tensors. Write it before training goes on.
     """
 
-    def __init__(self, placement: Placement, table: TensorTable, values: bytes) -> None:
+    def __init__(
+        self, step: int, placement: Placement, *, table: TensorTable, roles: Roles, values: bytes, means: Means
+    ) -> None:
+        self._step = step
         self._placement = placement
         self._table = table
+        self._roles = roles
         self._values = values
+        self._means = means
+        self._witness: Witness | None = None
 
     @property
     def layout(self) -> Layout:
@@ -127,40 +83,98 @@ class TorchImage:
         No view of `slot` outlives the call. What a writer that dies midway leaves is no image: only sealing makes it
         one. Raises `StateError` when a tensor got other memory after `prepare`.
         """
+        routes = self._routes()
+        host, device = joined(routes.now, routes.later), joined(routes.device_now, routes.device_later)
+        copies = self._write_now(slot, routes, host, device, _NOTHING)
+        if copies is not None:
+            copies.synchronize()
+
+    def begin(self, slot: memoryview) -> PendingCopy | None:
+        """Write what may change at any time, and copy beside training what only an optimizer's step changes.
+
+        Returns None when the image is complete: nothing can wait, or no optimizer's step has been seen since the last
+        image, so that none may be seen before the next one. Otherwise no optimizer may step before `finish` of what is
+        returned, and `slot` has to stay mapped until then. Raises as `write` does.
+        """
+        routes, watch = self._routes(), None
+        if self._means.hook.step_seen() and (routes.device_later.sizes or routes.later.sizes):
+            watch = self._watch()
+        if watch is None:
+            self.write(slot)
+            return None
+        # Training may have changed buffers, and on a device parameters too, when the witness is asked for.
+        self._witness = Witness(self._step, self._table, self._placement.groups)
+        copies = self._write_now(slot, routes, routes.now, routes.device_now, routes.device_later)
+        anchor = ctypes.c_char.from_buffer(slot)
+        copy = None
+        if routes.later.sizes:
+            addresses = _addresses(routes.later, ctypes.addressof(anchor), self._table.pointers)
+            copy = partial(copy_bytes, *addresses, routes.later.sizes)
+        pending = PendingCopy(watch, anchor, copy, copies)
+        self._means.hook.follow(pending)
+        return pending
+
+    def witness(self) -> dict[str, str]:
+        """Return digests of a few replicated tensors, chosen by the step alone; empty when nothing is shared out."""
+        if not self._placement.groups:
+            return {}
+        if self._witness is None:
+            self._witness = Witness(self._step, self._table, self._placement.groups)
+        return self._witness.digests()
+
+    def _routes(self) -> Routes:
+        return self._means.layouts.routes(self._placement, self._table, self._roles)
+
+    def _watch(self) -> Watch | None:
+        """Return the proof that what may wait does not change, or None when there can be none."""
+        table, stepped = self._table, self._roles.stepped
+        names, owners = list(compress(table.names, stepped)), list(compress(table.owners, stepped))
+        try:
+            return Watch(names, owners, list(compress(table.tensors, stepped)) if table.dtensors else owners)
+        except RuntimeError:
+            return None  # A tensor that was made in inference mode has no version.
+
+    def _write_now(
+        self, slot: memoryview, routes: Routes, host: Columns, device_now: Columns, device_later: Columns
+    ) -> DeviceCopies | None:
+        """Write everything but what is copied in the background, and begin what devices copy."""
         # Addresses are not checked by anybody later.
         fits = slot.nbytes >= self.image_bytes and slot.contiguous and not slot.readonly
         invariant(fits, f"a slot of {slot.nbytes} bytes can't take an image of {self.image_bytes}")
-        with slot.cast("B") as target:
-            header = self._placement.layout.header
-            target[: len(header)] = header
-            self._write_tensors(target)
-            write_values(target, self._placement.layout.values, self._values)
-
-    def _write_tensors(self, target: memoryview) -> None:
-        table, placement = self._table, self._placement
+        table, layout = self._table, self._placement.layout
         pointers = table.current_pointers()
-        offsets, sizes = placement.offsets, placement.sizes
-        if table.odd:
-            odd = set(table.odd)
-            direct = [index not in odd for index in range(len(sizes))]
-            pointers = list(compress(pointers, direct))
-            offsets, sizes = list(compress(offsets, direct)), list(compress(sizes, direct))
-        anchor = ctypes.c_char.from_buffer(target)
-        try:
-            base = ctypes.addressof(anchor)
-            copy_bytes([base + offset for offset in offsets], pointers, sizes)
-        finally:
-            del anchor  # It holds the slot's memory; a traceback must not.
-        if table.odd:
-            self._convert(target)
+        with slot.cast("B") as target:
+            target[: len(layout.header)] = layout.header
+            anchor = ctypes.c_char.from_buffer(target)
+            try:
+                copy_bytes(*_addresses(host, ctypes.addressof(anchor), pointers), host.sizes)
+            finally:
+                del anchor  # It holds the slot's memory; a traceback must not.
+            if routes.converted:
+                self._convert(target, routes.converted)
+            write_values(target, layout.values, self._values)
+        if not (device_now.sizes or device_later.sizes):
+            return None
+        self._means.locks.lock(slot)
+        # Last, because whoever fails would have to wait for them.
+        return DeviceCopies(slot, table.tensors, device_now, device_later)
 
-    def _convert(self, target: memoryview) -> None:
-        table, placement = self._table, self._placement
+    def _convert(self, target: memoryview, converted: Sequence[Placed]) -> None:
+        table = self._table
         elements = torch.frombuffer(target, dtype=torch.uint8)
         with torch.no_grad():
-            for index in table.odd:
-                begin, size = placement.offsets[index], placement.sizes[index]
-                if size:
-                    place = elements[begin : begin + size].view(DTYPES[table.dtypes[index]])
-                    # From a CUDA tensor this waits until the elements have arrived.
-                    place.view(table.tensors[index].shape).copy_(table.tensors[index])
+            for (_, index, begin, shape, _), offset, size in converted:
+                place = elements[offset : offset + size].view(DTYPES[table.dtypes[index]])
+                # From a CUDA tensor this waits until the elements have arrived.
+                place.view(shape).copy_(narrowed(table.tensors[index], begin, shape))
+
+
+_NOTHING = Columns([], [], [], [])
+
+
+def _addresses(columns: Columns, base: int, pointers: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return where copies go to and come from."""
+    return (
+        [base + offset for offset in columns.offsets],
+        list(map(add, map(pointers.__getitem__, columns.indexes), columns.skips)),
+    )

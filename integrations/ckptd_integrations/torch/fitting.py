@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from ckptd_integrations.torch.nodes import (
     TensorNode,
     ValueNode,
 )
-from ckptd_integrations.torch.objects import object_kind
-from ckptd_integrations.torch.sources import ImageTensors
+from ckptd_integrations.torch.objects import GENERATOR, object_kind
+from ckptd_integrations.torch.optimizers import ParameterState
+from ckptd_integrations.torch.sources import CheckpointTensors
 
 Fill = Callable[[], Any]
 _MISSING: Any = object()
@@ -35,10 +36,15 @@ _NOW = "in the bound state"
 
 
 class Fitter:
-    """Checks nodes against objects, and collects how to fill them."""
+    """Checks nodes against objects, and collects how to fill them.
 
-    def __init__(self, tensors: ImageTensors) -> None:
+    Without `generators`, bound random number generators keep their state: a rank that the captured run did not have
+    has none to take over.
+    """
+
+    def __init__(self, tensors: CheckpointTensors, *, generators: bool = True) -> None:
         self._tensors = tensors
+        self._generators = generators
 
     def fit_root(self, node: Node, current: Any, name: str) -> Fill:
         """Check the state of one name; the returned function fills it and returns what the name now stands for.
@@ -50,19 +56,44 @@ class Fitter:
             raise _mismatch(node, current, name)
         return self.fit(node, current, name)
 
-    def build(self, node: Node, path: str) -> Fill:
-        """Return a function that makes a new object of `node`, with tensors of its own."""
+    def build(self, node: Node, path: str, like: Any = None) -> Fill:
+        """Return a function that makes a new object of `node`, with tensors of its own.
+
+        `like` is a container of the same form, as far as there is one: new tensors are made as those in it are.
+        """
+        if isinstance(node, TensorNode):
+            tensor = self._make(node, path, like)
+            return lambda: tensor.numpy() if node.is_array else tensor
+        if isinstance(node, MappingNode):
+            old = like if isinstance(like, Mapping) else {}
+            fills = [(key, self.build(item, f"{path}.{key}", old.get(key))) for key, item in node.items]
+            attributes = None if node.attributes is None else self.build(node.attributes, path)
+            return lambda: _new_mapping(node, fills, attributes)
+        if isinstance(node, SequenceNode):
+            items = like if isinstance(like, Sequence) and len(like) == len(node.items) else [None] * len(node.items)
+            made = [self.build(item, f"{path}.{index}", items[index]) for index, item in enumerate(node.items)]
+            return lambda: _new_sequence(node, (fill() for fill in made))
         return self.fit(node, _MISSING, path)
+
+    def _make(self, node: TensorNode, path: str, like: Any) -> Tensor:
+        if isinstance(like, ParameterState):
+            return like.make(self._tensors, node.name, path)
+        return self._tensors.make(node.name, like if isinstance(like, Tensor) else None)
 
     def fit(self, node: Node, current: Any, path: str) -> Fill:
         """Check `node` against the object at `path`; the returned function fills or replaces it."""
-        kind = None if current is _MISSING else object_kind(current)
+        # Asking a tensor whether it is a generator takes longer than all else that is done with it.
+        kind = None if current is _MISSING or isinstance(current, Tensor) else object_kind(current)
         if isinstance(node, ObjectNode):
             if kind != node.kind:
                 raise _mismatch(node, current, path)
+            if kind == GENERATOR and not self._generators:
+                return lambda: current
             return loading.fit_object(node, current, path, self._tensors, self.build)
         if kind is not None:
             raise _mismatch(node, current, path)
+        if current is _MISSING and not isinstance(node, ValueNode):
+            return self.build(node, path)
         if isinstance(node, TensorNode):
             return self._fit_tensor(node, current, path)
         if isinstance(node, MappingNode):
@@ -73,41 +104,39 @@ class Fitter:
 
     def _fit_tensor(self, node: TensorNode, current: Any, path: str) -> Fill:
         if not _is_same_kind(node, current):
-            self._tensors.require(node.name)
-            return lambda: self._tensors.clone(node.name).numpy() if node.is_array else self._tensors.clone(node.name)
+            return self.build(node, path)
         if node.is_array and not current.flags.writeable:
             raise StateError(
                 f"array {path!r} is read-only and can't be filled", hint="bind a writable array, such as a copy of it"
             )
         target = torch.from_numpy(current) if node.is_array else current
-        self._tensors.plan_copy(node.name, target, path, _NOW)
+        self._tensors.fill(node.name, target, path, _NOW)
         return lambda: current
 
     def _fit_mapping(self, node: MappingNode, current: Any, path: str) -> Fill:
-        in_place = _is_same_kind(node, current)
-        old: MutableMapping[Any, Any] = current if in_place else {}
+        if not _is_same_kind(node, current):
+            return self.build(node, path)
+        old: MutableMapping[Any, Any] = current
         fills = [(key, self.fit(item, old.get(key, _MISSING), f"{path}.{key}")) for key, item in node.items]
         kept = {key for key, _ in node.items}
         _refuse_dropping((f"{path}.{key}", item) for key, item in old.items() if key not in kept)
-        attributes = None if node.attributes is None else self._fit_mapping(node.attributes, _MISSING, path)
+        attributes = None if node.attributes is None else self.build(node.attributes, path)
 
         def fill() -> Any:
             items = [(key, fill_item()) for key, fill_item in fills]
-            filled = current
-            if not in_place:
-                filled = MAPPINGS[node.kind]() if node.factory is None else MAPPINGS[node.kind](node.factory)
-            filled.clear()
+            old.clear()
             for key, item in items:
-                filled[key] = item
+                old[key] = item
             if attributes is not None:
-                filled.__dict__.update(attributes())
-            return filled
+                old.__dict__.update(attributes())
+            return old
 
         return fill
 
     def _fit_sequence(self, node: SequenceNode, current: Any, path: str) -> Fill:
-        in_place = _is_same_kind(node, current)
-        old = list(current) if in_place else []
+        if not _is_same_kind(node, current):
+            return self.build(node, path)
+        old = list(current)
         fills = [
             self.fit(item, old[index] if index < len(old) else _MISSING, f"{path}.{index}")
             for index, item in enumerate(node.items)
@@ -116,8 +145,6 @@ class Fitter:
 
         def fill() -> Any:
             items = [fill_item() for fill_item in fills]
-            if not in_place:
-                return deque(items, node.maxlen) if node.kind == "deque" else SEQUENCES[node.kind](items)
             if isinstance(current, tuple):
                 # A tuple whose members were all filled in place is still the right one.
                 same = len(items) == len(old) and all(new is now for new, now in zip(items, old, strict=True))
@@ -127,6 +154,20 @@ class Fitter:
             return current
 
         return fill
+
+
+def _new_mapping(node: MappingNode, fills: Iterable[tuple[Any, Fill]], attributes: Fill | None) -> Any:
+    kind = MAPPINGS[node.kind]
+    made = kind() if node.factory is None else kind(node.factory)
+    for key, fill in fills:
+        made[key] = fill()
+    if attributes is not None:
+        made.__dict__.update(attributes())
+    return made
+
+
+def _new_sequence(node: SequenceNode, items: Iterable[Any]) -> Any:
+    return deque(items, node.maxlen) if node.kind == "deque" else SEQUENCES[node.kind](items)
 
 
 def _fit_value(node: ValueNode, current: Any, path: str) -> Fill:

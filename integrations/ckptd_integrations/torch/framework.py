@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from ckptd.client.framework import Membership, OfferedCheckpoint
 from ckptd.errors import StateError
-from ckptd.storage import image as shard
-from ckptd_integrations.torch.capture import METADATA, LayoutCache, TorchImage, pack_values
-from ckptd_integrations.torch.fitting import Fitter
-from ckptd_integrations.torch.nodes import read_document
-from ckptd_integrations.torch.rng import RNG_NAME, capture_rng, restore_rng
-from ckptd_integrations.torch.sources import ImageTensors, verify
+from ckptd_integrations.torch import restoring
+from ckptd_integrations.torch.capture import Means, TorchImage, pack_values
+from ckptd_integrations.torch.cuda import PageLocks
+from ckptd_integrations.torch.layouts import LayoutCache
+from ckptd_integrations.torch.overlap import StepHook
+from ckptd_integrations.torch.rng import RNG_NAME, capture_rng
+from ckptd_integrations.torch.roles import RoleFinder
 from ckptd_integrations.torch.tensors import tabulate
-from ckptd_integrations.torch.tree import Harvest
+from ckptd_integrations.torch.tree import Harvest, Nested
 
 _RESERVED = "__ckptd__"
 
@@ -23,91 +25,91 @@ _RESERVED = "__ckptd__"
 class TorchFramework:
     """The `Framework` of PyTorch; it has no state of its own."""
 
-    def bind(self, state: Mapping[str, Any], *, rng: bool = True) -> TorchBinding:
+    def bind(self, state: Mapping[str, Any], *, rng: bool, membership: Membership) -> TorchBinding:
         """Bind the user's named objects; `rng` asks to capture the process's random number generators as well.
 
-        Raises `StateError` for a name that ckptd keeps for itself.
+        Raises `StateError` for a name that ckptd keeps for itself, or a replicated one that is not bound.
         """
-        return TorchBinding(state, rng=rng)
+        return TorchBinding(state, rng=rng, membership=membership)
 
 
 class TorchBinding:
-    """The `Binding` of PyTorch: the user's named objects, and the layout of their last capture."""
+    """The `Binding` of PyTorch: the user's named objects, and what is known since their last capture."""
 
-    def __init__(self, state: Mapping[str, Any], *, rng: bool = True) -> None:
+    def __init__(self, state: Mapping[str, Any], *, rng: bool, membership: Membership) -> None:
         self.state: dict[str, Any] = dict(state)
         self._rng = rng
-        self._layouts = LayoutCache()
-        self._check_own_names()
+        self._membership = membership
+        self._check_names()
+        for name in membership.replicated or ():
+            if name not in self.state:
+                raise StateError(f"{name!r} is said to be replicated and is not attached", hint="use attached names")
+        self._roles = RoleFinder(membership)
+        self._means = Means(LayoutCache(membership), StepHook(), PageLocks())
+        self._known: dict[str, Nested] = {}
 
-    def prepare(self) -> TorchImage:
-        """Collect what has to be captured now, without copying a tensor.
-
-        Raises `StateError` naming the key and the type of what can't be captured.
-        """
-        self._check_own_names()
+    @property
+    def overlaps_by_default(self) -> bool:
+        """Whether any tensor lies on a CUDA device, which copies without the help of a core."""
+        cuda: Any = torch.cuda
+        if not cuda.is_initialized():
+            return False
         harvest = Harvest()
-        entries = [(name, harvest.encode(value, name)) for name, value in self.state.items()]
+        try:
+            for name, value in self.state.items():
+                harvest.encode(value, name)
+        except StateError:
+            return True  # What can't be captured now, such as a lazy module, has its say at the first capture.
+        return any(tensor.is_cuda for tensor in harvest.tensors)
+
+    def prepare(self, step: int, *, whole: bool = False) -> TorchImage:
+        """Collect what has to be captured at the boundary of `step`, without copying a tensor.
+
+        With `whole`, replicated tensors are not shared out. Raises `StateError` naming the key and the type of what
+        can't be captured.
+        """
+        self._check_names()
+        harvest = Harvest(self._known)
+        entries, roots = [], []
+        for name, value in self.state.items():
+            begin = len(harvest.tensors)
+            entries.append((name, harvest.encode(value, name)))
+            roots.append((name, begin, len(harvest.tensors)))
         if self._rng:
             entries.append((RNG_NAME, harvest.encode(capture_rng(), RNG_NAME)))
         table = tabulate(harvest.names, harvest.tensors)
+        roles = self._roles.find(harvest, roots, table)
         values = pack_values(entries, table)
-        return TorchImage(self._layouts.place(table, len(values)), table, values)
+        placement = self._means.layouts.place(table, roles, len(values), whole=whole)
+        # Slots below that size are about to be replaced, and can be unmapped only when they are not locked.
+        self._means.locks.release(placement.layout.image_bytes)
+        return TorchImage(step, placement, table=table, roles=roles, values=values, means=self._means)
 
-    def restore(self, image: memoryview, digests: Mapping[str, str] | None) -> None:
-        """Fill the bound objects in place from `image`, after checking `digests` when there are any.
+    def before_optimizer_steps(self, wait: Callable[[], None]) -> None:
+        """Have `wait` called before every optimizer's step from now on that an image may have to be finished for.
 
-        Raises `DamagedError` naming a tensor whose digest differs, and `StateError` naming what does not fit, both
-        before anything was changed. No object aliases `image` afterwards.
+        It is not called while devices make a copy: they order the step after it, and the image is finished later. It
+        may come from another thread than training's: optimizers also step in hooks of a backward pass.
         """
-        layout = shard.parse(image)
-        if digests is not None:
-            verify(image, layout, digests)
-        _check_framework(layout)
-        document = read_document(shard.read_values(image, layout.values))
-        tensors = ImageTensors(layout, document)
-        fitter = Fitter(tensors)
-        nodes = dict(document.entries)
-        rng_node = nodes.pop(RNG_NAME, None)
-        self._check_names(nodes)
-        fills = {name: fitter.fit_root(nodes[name], value, name) for name, value in self.state.items()}
-        make_rng = None if rng_node is None or not self._rng else fitter.build(rng_node, RNG_NAME)
-        # What is made here is trained on, in whatever mode the script is now.
-        with torch.inference_mode(mode=False), torch.no_grad(), tensors.opened(image):
-            tensors.run_copies()
-            for name, fill in fills.items():
-                self.state[name] = fill()
-            rng = None if make_rng is None else make_rng()
-        if rng is not None:
-            # Last, because code that loads a state may draw random numbers.
-            restore_rng(rng)
+        self._means.hook.call(wait)
 
-    def _check_own_names(self) -> None:
+    def restore(self, offered: OfferedCheckpoint) -> None:
+        """Fill the bound objects in place from the parts that this rank needs.
+
+        Raises `StateError` naming what does not fit, before anything was changed, and `DamagedError` when a digest
+        differs: then objects may be filled in part.
+        """
+        restoring.restore(self.state, offered, self._membership, rng=self._rng)
+
+    def close(self) -> None:
+        """Undo what binding has changed in torch, and unlock slots."""
+        self._means.hook.close()
+        self._means.locks.release()
+        self._roles.close()
+
+    def _check_names(self) -> None:
         for name in self.state:
             if not isinstance(name, str) or name.startswith(_RESERVED):
                 raise StateError(
                     f"state can't be named {name!r}", hint=f"use a string that begins not with {_RESERVED}"
                 )
-
-    def _check_names(self, captured: Mapping[str, Any]) -> None:
-        for name in self.state:
-            if name not in captured:
-                raise StateError(
-                    f"state {name!r} is bound now and was not captured",
-                    hint="bind what the captured run bound, or start a new job",
-                )
-        for name in captured:
-            if name not in self.state:
-                raise StateError(
-                    f"state {name!r} was captured and is not bound now",
-                    hint="bind what the captured run bound, or start a new job",
-                )
-
-
-def _check_framework(layout: shard.Layout) -> None:
-    framework = layout.metadata.get("ckptd.framework")
-    if framework != METADATA["ckptd.framework"]:
-        raise StateError(
-            f"the checkpoint was captured by the framework {framework!r}, not by {METADATA['ckptd.framework']!r}",
-            hint="attach it with the framework of the captured run",
-        )

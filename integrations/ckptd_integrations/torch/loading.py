@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from ckptd.errors import StateError
-from ckptd_integrations.torch.nodes import MappingNode, Node, ObjectNode, TensorNode
+from ckptd_integrations.torch.local_boxes import may_have_dtensors
+from ckptd_integrations.torch.nodes import MappingNode, Node, ObjectNode, SequenceNode, TensorNode
 from ckptd_integrations.torch.objects import (
     GENERATOR,
     MODULE,
@@ -26,17 +26,19 @@ from ckptd_integrations.torch.objects import (
     loads_itself,
     write_generator,
 )
-from ckptd_integrations.torch.sources import ImageTensors
+from ckptd_integrations.torch.optimizers import check_groups, load_optimizer, state_like
+from ckptd_integrations.torch.sources import CheckpointTensors
 
 Fill = Callable[[], Any]
-Build = Callable[[Node, str], Fill]
+Build = Callable[[Node, str, Any], Fill]
+"""Makes a function that makes an object of a node, with tensors like those in the last argument."""
 _IN_MODEL = "in the model"
 _SAME = "bind what the captured run bound, or start a new job"
 _LOAD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What code that is handed a state it does not expect raises."""
 
 
-def fit_object(node: ObjectNode, current: Any, path: str, tensors: ImageTensors, build: Build) -> Fill:
+def fit_object(node: ObjectNode, current: Any, path: str, tensors: CheckpointTensors, build: Build) -> Fill:
     """Check the state of an object against the object; the returned function loads it and returns the object.
 
     Raises `StateError` for what can be known without loading. What an object of the user's refuses while it loads is
@@ -47,10 +49,11 @@ def fit_object(node: ObjectNode, current: Any, path: str, tensors: ImageTensors,
     now = class_name(current, node.kind)
     if node.kind != STATEFUL and now != node.class_name:
         raise StateError(f"state {path!r} was captured from a {node.class_name} and is a {now} now", hint=_SAME)
-    make = build(node.content, path)
     if node.kind == OPTIMIZER:
-        _check_groups(node, current, path)
-        return _loader(current, path, lambda: _load_optimizer(current, make()))
+        check_groups(node, current, path)
+        make = build(node.content, path, state_like(node, current))
+        return _loader(current, path, lambda: load_optimizer(current, make()))
+    make = build(node.content, path, _like(node, current, path, tensors))
     if node.kind == GENERATOR:
         return _loader(current, path, lambda: write_generator(current, make()))
     if isinstance(current, torch.amp.GradScaler):
@@ -73,11 +76,11 @@ def _loader(current: Any, path: str, load: Callable[[], object]) -> Fill:
     return fill
 
 
-def _fit_module(node: ObjectNode, module: nn.Module, path: str, tensors: ImageTensors, build: Build) -> Fill:
+def _fit_module(node: ObjectNode, module: nn.Module, path: str, tensors: CheckpointTensors, build: Build) -> Fill:
     content = node.content
     if not isinstance(content, MappingNode):
         # A module that overrides `state_dict` to return something else is the only one who knows what it is.
-        make = build(content, path)
+        make = build(content, path, None)
         return _loader(module, path, lambda: module.load_state_dict(make()))
     plain = is_plain(module)
     own: Mapping[str, Any] = module.state_dict(keep_vars=True) if plain else module.state_dict()
@@ -89,12 +92,12 @@ def _fit_module(node: ObjectNode, module: nn.Module, path: str, tensors: ImageTe
         if not (isinstance(item, TensorNode) and isinstance(target, Tensor)):
             continue
         if plain:
-            tensors.plan_copy(item.name, target, f"{path}.{key}", _IN_MODEL)
+            tensors.fill(item.name, target, f"{path}.{key}", _IN_MODEL)
         elif not is_lazy(target):
             tensors.check(item.name, target, f"{path}.{key}", _IN_MODEL)
     if plain:
         return lambda: module
-    make = build(content, path)
+    make = build(content, path, own)
 
     def load() -> None:
         state = make()
@@ -118,25 +121,6 @@ def _check_names(captured: Mapping[str, Any], own: Mapping[str, Any], path: str)
             )
 
 
-def _check_groups(node: ObjectNode, optimizer: Optimizer, path: str) -> None:
-    captured = node.shapes or []
-    own = [[tuple(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
-    if [len(group) for group in captured] != [len(group) for group in own]:
-        raise StateError(
-            f"optimizer {path!r} has parameter groups of {[len(group) for group in captured]} parameters in the"
-            f" checkpoint and of {[len(group) for group in own]} now",
-            hint=_SAME,
-        )
-    for number, (before, now) in enumerate(zip(captured, own, strict=True)):
-        for index, (shape, own_shape) in enumerate(zip(before, now, strict=True)):
-            if shape != own_shape:
-                raise StateError(
-                    f"parameter {index} in group {number} of optimizer {path!r} is {list(shape)} in the checkpoint"
-                    f" and {list(own_shape)} now",
-                    hint="give the optimizer its parameters in the order of the captured run",
-                )
-
-
 def _check_scaler(node: ObjectNode, scaler: torch.amp.GradScaler, path: str) -> None:
     was_enabled = isinstance(node.content, MappingNode) and bool(node.content.items)
     if was_enabled != scaler.is_enabled():
@@ -144,29 +128,23 @@ def _check_scaler(node: ObjectNode, scaler: torch.amp.GradScaler, path: str) -> 
         raise StateError(f"scaler {path!r} was {before} when it was captured and is {now} now", hint=_SAME)
 
 
-def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    old_groups = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    _keep_precision(optimizer, state)
-    for old, new in zip(old_groups, optimizer.param_groups, strict=True):
-        for key, value in new.items():
-            before = old.get(key)
-            if isinstance(value, Tensor) and isinstance(before, Tensor) and before.shape == value.shape:
-                # A learning rate that is a tensor may be part of a captured CUDA graph, or lie on another device.
-                before.copy_(value)
-                new[key] = before
+def _like(node: ObjectNode, current: Any, path: str, tensors: CheckpointTensors) -> Any:
+    """Return the object's present state where it may hold DTensors, which new ones have to be like."""
+    if node.kind != STATEFUL or not may_have_dtensors() or not _holds_shared(node.content, tensors):
+        return None
+    try:
+        return current.state_dict()
+    except _LOAD_ERRORS as error:
+        raise StateError(
+            f"state {path!r}, a {type(current).__name__}, can't say how its tensors are shared out:"
+            f" its state_dict raised {type(error).__name__}: {error}",
+            hint="make its state_dict work before it is attached",
+        ) from error
 
 
-def _keep_precision(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    # `Optimizer.load_state_dict` converts floating-point state to its parameter's dtype. An optimizer that keeps
-    # float32 moments of bfloat16 parameters would go on with other numbers than it had.
-    captured, groups = state.get("state"), state.get("param_groups")
-    if not isinstance(captured, dict) or not isinstance(groups, list):
-        return
-    for group, own in zip(groups, optimizer.param_groups, strict=True):
-        for index, parameter in zip(group["params"], own["params"], strict=True):
-            live = optimizer.state.get(parameter, {})
-            for key, value in captured.get(index, {}).items():
-                loaded = live.get(key)
-                if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
-                    live[key] = value.to(loaded.device)
+def _holds_shared(node: Node, tensors: CheckpointTensors) -> bool:
+    if isinstance(node, TensorNode):
+        return tensors.is_of_job(node.name)
+    if isinstance(node, MappingNode):
+        return any(_holds_shared(item, tensors) for _, item in node.items)
+    return isinstance(node, SequenceNode) and any(_holds_shared(item, tensors) for item in node.items)

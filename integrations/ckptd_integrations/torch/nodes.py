@@ -47,6 +47,10 @@ class MappingNode:
     factory: Callable[[], Any] | None = None
     attributes: MappingNode | None = None
 
+    def find(self, key: str) -> Node | None:
+        """Return what the mapping has under `key`."""
+        return next((item for name, item in self.items if name == key), None)
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceNode:
@@ -115,14 +119,15 @@ def _decode(node: Any) -> Node:
 
 
 def _value(node: Any) -> Any:
-    return _plain(_decode(node))
+    return plain(_decode(node))
 
 
-def _plain(node: Node) -> Any:
+def plain(node: Node) -> Any:
+    """Return the value of a node without tensors, mappings and objects; raises `TypeError` for any other."""
     if isinstance(node, ValueNode):
         return node.value
     if isinstance(node, SequenceNode):
-        return SEQUENCES[node.kind](_plain(item) for item in node.items)
+        return SEQUENCES[node.kind](plain(item) for item in node.items)
     raise TypeError(f"{type(node).__name__} where a value is needed")
 
 

@@ -26,6 +26,7 @@ _METHODS = (
     "set_extra_state",
 )  # fmt: skip
 _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+_FSDP = "torch.distributed.fsdp._fully_shard."
 _VERSIONED = (_NormBase._load_from_state_dict, _InstanceNorm._load_from_state_dict)  # noqa: SLF001
 """Overrides of torch that only translate states of old versions."""
 
@@ -70,17 +71,27 @@ def is_plain(module: nn.Module) -> bool:
         attributes = part.__dict__
         if (
             not kinds[kind]
-            or any(attributes.get(name) for name in _HOOKS)
+            or any(_has_hooks(attributes.get(name)) for name in _HOOKS)
             or not attributes.keys().isdisjoint(_METHODS)
         ):
             return False
     return True
 
 
+def _has_hooks(hooks: Any) -> bool:
+    """Return whether there are hooks that may change a state; those of FSDP2 only bring its shards back."""
+    return bool(hooks) and any(not _is_of_fsdp(hook) for hook in hooks.values())
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    # Hooks that come before loading are wrapped.
+    return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith(_FSDP)
+
+
 def loads_itself(module: nn.Module) -> bool:
     """Return whether a module may accept a state with other names than its own, because code of its own loads it."""
     return any(
-        part.__dict__.get("_load_state_dict_pre_hooks")
+        _has_hooks(part.__dict__.get("_load_state_dict_pre_hooks"))
         or not _is_standard(type(part), "_load_from_state_dict")
         or not _is_standard(type(part), "load_state_dict")
         or not part.__dict__.keys().isdisjoint(_METHODS)

@@ -1,163 +1,268 @@
-"""The tensors of an image as sources of a restore: checked first, copied after, never lent out."""
+"""The tensors of a checkpoint as sources of a restore: checked first, read after, straight into their targets.
+
+What is noted here is a plan until `read` is called: it costs no byte of the checkpoint, and changes nothing.
+"""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ckptd.errors import DamagedError, StateError, unreachable
-from ckptd.storage.digest import digest
-from ckptd.storage.image import Layout
-from ckptd.types import TensorSpan
-from ckptd_integrations.torch.copying import copy_bytes
+from ckptd.client.framework import Membership, OfferedCheckpoint
+from ckptd.errors import DamagedError, StateError
+from ckptd.storage.manifest import JOB, RANK, Chunk, StoredTensor
+from ckptd.storage.reading import Want, read
+from ckptd.storage.selection import chunks_for
+from ckptd_integrations.torch import dtensor_restore
+from ckptd_integrations.torch.local_boxes import LocalBox, is_dtensor, local_boxes, unsupported_placement
 from ckptd_integrations.torch.nodes import Document
 from ckptd_integrations.torch.tensors import DTYPES, View, dtype_name, unsupported_kind
+from ckptd_integrations.torch.transfers import transfers, whole
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _ORDINARY = View(None, None, None)
 
 
-def verify(image: memoryview, layout: Layout, digests: Mapping[str, str]) -> None:
-    """Compare every tensor, the values included, with its digest; raises `DamagedError` naming the first that differs.
+class _Source(NamedTuple):
+    """A stored tensor as this rank sees it."""
 
-    A tensor without a digest counts as damaged: a restore that checks must not leave out what it can't check.
+    stored: StoredTensor
+    own: Chunk
+    """The chunk that is this rank's, or any one when the tensor is the whole job's."""
+    stored_shape: tuple[int, ...]
+    """The shape of its bytes: complex128 has two numbers of F64 in one more dimension."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    view: View
+
+
+class _Target(NamedTuple):
+    """A local tensor to be filled, seen with the dtype of the bytes; `boxes` is None when it is the whole tensor."""
+
+    local: Tensor
+    boxes: tuple[LocalBox, ...] | None
+
+
+class CheckpointTensors:
+    """Knows the tensors of one checkpoint, checks targets against them and fills them when all have been checked.
+
+    `stored` are the tensors of a checkpoint that `world_size` ranks made; `membership` is this process's.
     """
-    for span in layout.spans:
-        expected = digests.get(span.name)
-        if expected is None:
-            raise DamagedError(f"tensor {span.name!r} has no digest", hint="restore from another copy")
-        if digest(image[span.begin : span.end]) != expected:
-            raise DamagedError(
-                f"tensor {span.name!r} is damaged: its digest is not the one its bytes were sealed with",
-                hint="restore from another copy or an earlier checkpoint",
-            )
 
-
-class ImageTensors:
-    """Knows the tensors of one image, checks targets against them and copies them when all have been checked.
-
-    Until `opened` it works on the header alone, so an error found while checking keeps no view of the image alive.
-    """
-
-    def __init__(self, layout: Layout, document: Document) -> None:
-        self._spans = {span.name: span for span in layout.spans}
+    def __init__(
+        self, stored: Mapping[str, StoredTensor], world_size: int, document: Document, membership: Membership
+    ) -> None:
+        self._stored, self._world_size, self._membership = stored, world_size, membership
         self._aliases = document.aliases
         self._views = document.views
-        self._copies: list[tuple[str, Tensor]] = []
-        self._elements: Tensor | None = None
+        self._sources: dict[str, _Source] = {}
+        self._reads: dict[str, list[_Target]] = {}
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._filled: list[Tensor] = []
 
     def check(self, name: str, target: Tensor, path: str, where: str) -> None:
-        """Raise `StateError` unless the tensor `name` of the image can be copied into `target`, which lies at `path`.
+        """Raise `StateError` unless the tensor `name` of the checkpoint fits `target`, which lies at `path`.
 
-        `where` says in words what holds the target.
+        `where` says in words what holds the target. Of a DTensor the global shape has to be the same.
         """
-        span, view = self._find(name)
-        dtype, shape = _dtype_and_shape(span, view)
-        kind = unsupported_kind(target)
-        if kind is not None or (target.numel() and target.is_cpu and not target.data_ptr()):
+        source = self._find(name)
+        kind = _unfillable(target)
+        if kind is not None:
             raise StateError(
-                f"tensor {path!r} can't be filled: {where} it is {kind or 'a tensor without memory'}",
+                f"tensor {path!r} can't be filled: {where} it is {kind}",
                 hint="materialise the model before it is attached",
             )
-        if tuple(target.shape) != shape:
+        if not self._same_shape(source, target):
             raise StateError(
-                f"tensor {path!r} is {list(shape)} in the checkpoint and {list(target.shape)} {where}",
+                f"tensor {path!r} is {list(source.shape)} in the checkpoint and {list(target.shape)} {where}",
                 hint="build the same model as the captured run did, or start a new job",
             )
-        if target.dtype != dtype:
+        if target.dtype != source.dtype:
+            before, now = dtype_name(source.dtype), dtype_name(target.dtype)
             raise StateError(
-                f"tensor {path!r} is {dtype_name(dtype)} in the checkpoint and {dtype_name(target.dtype)} {where}",
+                f"tensor {path!r} is {before} in the checkpoint and {now} {where}",
                 hint="use the dtype of the captured run, or start a new job: a conversion would lose bits",
             )
 
-    def plan_copy(self, name: str, target: Tensor, path: str, where: str) -> None:
-        """Check like `check`, and note that `target` is to be filled by `run_copies`."""
+    def fill(self, name: str, target: Tensor, path: str, where: str) -> None:
+        """Check like `check`, and note that `target` is to be filled by `read`."""
         self.check(name, target, path, where)
-        self._copies.append((name, target))
+        self._filled.append(target)
+        self._note(self._find(name), target)
 
-    def require(self, name: str) -> None:
-        """Raise `DamagedError` unless the image has the tensor `name`."""
-        self._find(name)
+    def make(self, name: str, like: Tensor | None = None, device: torch.device | None = None) -> Tensor:
+        """Return a new tensor that `read` will fill, with the strides and kind of device of the captured one.
 
-    @contextmanager
-    def opened(self, image: memoryview) -> Iterator[None]:
-        """Give access to the bytes of `image`, and leave no view of them behind."""
-        with warnings.catch_warnings():
-            # Nothing is written to it; torch has no tensors that know this.
-            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            self._elements = torch.frombuffer(image, dtype=torch.uint8)
-        try:
-            yield
-        finally:
-            self._elements = None
-
-    def run_copies(self) -> None:
-        """Fill all targets of `plan_copy`; nothing is converted on the way."""
-        base = self._bytes().data_ptr()
-        direct: list[Tensor] = []
-        sources: list[int] = []
-        sizes: list[int] = []
-        for name, target in self._copies:
-            span, view = self._find(name)
-            if target.is_cpu and target.is_contiguous() and view.dtype is None and not _is_lazy(target):
-                direct.append(target)
-                sources.append(base + span.begin)
-                sizes.append(span.end - span.begin)
-            elif target.numel():
-                _fill(target, self._source(span, view))
-        copy_bytes(list(map(Tensor.data_ptr, direct)), sources, sizes)
-        for target in direct:
-            # A graph that still needs the old elements has to notice, as it does after `copy_`.
-            torch.autograd.graph.increment_version(target)
-
-    def clone(self, name: str) -> Tensor:
-        """Return a new tensor with the elements, strides and kind of device of the captured one."""
-        span, view = self._find(name)
-        dtype, shape = _dtype_and_shape(span, view)
-        device = _device(view.device)
-        if view.strides is None:
-            tensor = torch.empty(shape, dtype=dtype, device=device)
+        Where `like` is a DTensor of the same shape, it is shared out as that one is; `device` overrules the captured
+        one.
+        """
+        source = self._find(name)
+        shape, dtype = source.shape, source.dtype
+        if is_dtensor(like) and self._same_shape(source, like):
+            tensor: Tensor = dtensor_restore.empty_like(like, dtype)
         else:
-            tensor = torch.empty_strided(shape, view.strides, dtype=dtype, device=device)
-        return tensor.copy_(self._source(span, view)) if tensor.numel() else tensor
+            device = _device(source.view.device) if device is None else device
+            if source.view.strides is None:
+                tensor = torch.empty(shape, dtype=dtype, device=device)
+            else:
+                tensor = torch.empty_strided(shape, source.view.strides, dtype=dtype, device=device)
+        self._note(source, tensor)
+        return tensor
 
-    def _find(self, name: str) -> tuple[TensorSpan, View]:
-        first = self._aliases.get(name, name)
-        span = self._spans.get(first)
-        if span is None or span.dtype not in DTYPES:
-            raise DamagedError(f"tensor {name!r} is missing from a shard whose values name it")
-        return span, self._views.get(first, _ORDINARY)
+    def fits(self, name: str, target: Tensor) -> bool:
+        """Return whether `target` is of the shape and dtype of the tensor `name` and can be filled."""
+        source = self._find(name)
+        return self._same_shape(source, target) and target.dtype == source.dtype and _unfillable(target) is None
 
-    def _bytes(self) -> Tensor:
-        if self._elements is None:
-            unreachable("tensors of an image are read only while it is open")
-        return self._elements
+    def has_shape_of(self, name: str, tensor: Tensor) -> bool:
+        """Return whether what was captured as `name` is as large as `tensor`."""
+        return self._same_shape(self._find(name), tensor)
 
-    def _source(self, span: TensorSpan, view: View) -> Tensor:
-        source = self._bytes()[span.begin : span.end].view(DTYPES[span.dtype]).view(span.shape)
-        # Pairs need the alignment of both halves, which an image does not give them.
-        return source if view.dtype is None else torch.view_as_complex(source.clone())
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the (global) shape of the tensor `name`."""
+        return self._find(name).shape
+
+    def is_of_job(self, name: str) -> bool:
+        """Return whether the tensor `name` belongs to the whole job, and not to each rank one of its own."""
+        return self._find(name).stored.placement == JOB
+
+    def is_cut(self, name: str) -> bool:
+        """Return whether several ranks have a part of the tensor `name` each."""
+        source = self._find(name)
+        return source.stored.placement == JOB and len(source.stored.chunks) > 1
+
+    def read(self, offered: OfferedCheckpoint, threads: int) -> None:
+        """Fill all targets; nothing is converted on the way, and only those files are opened that hold them.
+
+        Raises `DamagedError` naming file and tensor.
+        """
+        wants = list(self._wants())
+        read_wants(wants, offered, threads)
+        for device in {target.device for target in self._targets() if target.is_cuda}:
+            torch.cuda.synchronize(device)
+        for target, same in self._copies:
+            target.copy_(same)
+        # A graph that still needs the old elements has to notice, as it does after `copy_`.
+        torch.autograd.graph.increment_version(self._filled)
+
+    def _targets(self) -> Iterator[Tensor]:
+        return (target.local for targets in self._reads.values() for target in targets)
+
+    def _find(self, name: str) -> _Source:
+        source = self._sources.get(name)
+        if source is None:
+            first = self._aliases.get(name, name)
+            stored = self._stored.get(first)
+            if stored is None:
+                raise DamagedError(f"tensor {name!r} is missing from a checkpoint whose values name it")
+            own = stored.chunks[0] if stored.placement == JOB else self._own(stored)
+            bytes_shape = own.shape if stored.placement != JOB or stored.shape is None else stored.shape
+            dtype, shape, view = DTYPES[own.dtype], bytes_shape, self._views.get(first, _ORDINARY)
+            if view.dtype is not None:
+                dtype, shape = torch.complex128, shape[:-1]
+            source = self._sources[name] = _Source(stored, own, bytes_shape, shape, dtype, view)
+        return source
+
+    def _same_shape(self, source: _Source, tensor: Tensor) -> bool:
+        return tensor.shape == source.shape or self._is_own_part(source, tensor)
+
+    def _is_own_part(self, source: _Source, tensor: Tensor) -> bool:
+        """Return whether a rank captured its local part of a DTensor as its own, and `tensor` is that DTensor.
+
+        It does so when the mesh is not of all ranks, as in a pipeline of sharded stages. Then nothing says what the
+        part is a part of, and only the same ranks can take it up again.
+        """
+        return (
+            is_dtensor(tensor)
+            and source.stored.placement == RANK
+            and self._world_size == self._membership.world_size
+            and tensor.device_mesh.size() != self._world_size
+            and tensor.to_local().shape == source.shape
+        )
+
+    def _own(self, stored: StoredTensor) -> Chunk:
+        if len(stored.chunks) == 1:
+            return stored.chunks[0]
+        return chunks_for(stored, self._membership.rank, self._world_size, (), ())[0]
+
+    def _note(self, source: _Source, tensor: Tensor) -> None:
+        target = _Target(tensor, None)
+        if is_dtensor(tensor):
+            boxes = None if self._is_own_part(source, tensor) else tuple(local_boxes(tensor))
+            target = _Target(tensor.to_local(), boxes)
+        if not target.local.numel():
+            return
+        if target.local.is_conj() or target.local.is_neg():
+            ordinary = torch.empty_like(target.local).resolve_conj().resolve_neg()
+            self._copies.append((target.local, ordinary))
+            target = target._replace(local=ordinary)
+        noted = self._reads.setdefault(source.stored.name, [])
+        for earlier in noted:
+            if earlier.boxes == target.boxes:
+                if not _is_same(earlier.local, target.local):
+                    self._copies.append((target.local, earlier.local))
+                return
+        noted.append(target)
+
+    def _wants(self) -> Iterator[Want]:
+        for name, targets in self._reads.items():
+            source = self._find(name)
+            for local, boxes in targets:
+                yield from self._wants_of(source, local, boxes)
+
+    def _wants_of(self, source: _Source, local: Tensor, boxes: tuple[LocalBox, ...] | None) -> Iterator[Want]:
+        stored, own = source.stored, source.own
+        size = own.end - own.begin
+        if source.view.dtype is not None:
+            local = torch.view_as_real(local.detach())
+            boxes = None if boxes is None else tuple(LocalBox(*map(_with_pair, box, (0, 0, 2))) for box in boxes)
+        if boxes is None and own.shape == source.stored_shape and local.is_cpu and local.is_contiguous():
+            yield Want(stored.name, own, 0, size, local.data_ptr())
+            return
+        chunks = stored.chunks if stored.placement == JOB else (own,)
+        yield from transfers(stored.name, chunks, local, whole(source.stored_shape) if boxes is None else boxes)
 
 
-def _dtype_and_shape(span: TensorSpan, view: View) -> tuple[torch.dtype, tuple[int, ...]]:
-    if view.dtype is None:
-        return DTYPES[span.dtype], span.shape
-    return torch.complex128, span.shape[:-1]
+def read_wants(wants: list[Want], offered: OfferedCheckpoint, threads: int) -> None:
+    """Have the reading engine deliver `wants` from the files they lie in."""
+    files = offered.open(sorted({want.chunk.file for want in wants}))
+    read(wants, files, threads=threads, direct=not offered.in_memory)
 
 
-def _is_lazy(tensor: Tensor) -> bool:
-    return tensor.is_conj() or tensor.is_neg()
+def _with_pair(numbers: tuple[int, ...], last: int) -> tuple[int, ...]:
+    return (*numbers, last)
 
 
-def _fill(target: Tensor, source: Tensor) -> None:
-    for dim, stride in enumerate(target.stride()):
-        if stride == 0 and target.shape[dim] > 1:
-            # An expanded tensor has one element where it shows many.
-            target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
-    target.copy_(source)
+def _unfillable(tensor: Tensor) -> str | None:
+    """Return in words why nothing can be put into a tensor, or None."""
+    if is_dtensor(tensor):
+        return unsupported_placement(tensor) or _unfillable_part(tensor)
+    kind = unsupported_kind(tensor)
+    if kind is None and tensor.is_cpu and not tensor.data_ptr() and tensor.numel():
+        return "a tensor without memory"
+    return kind
+
+
+def _unfillable_part(tensor: DTensor) -> str | None:
+    local = tensor.to_local()
+    if sum(prod(box.shape) for box in local_boxes(tensor)) != local.numel():
+        return "a DTensor whose local part is not what its placements say"
+    return _unfillable(local)
+
+
+def _is_same(left: Tensor, right: Tensor) -> bool:
+    return (
+        left.data_ptr() == right.data_ptr()
+        and left.shape == right.shape
+        and left.stride() == right.stride()
+        and left.device == right.device
+    )
 
 
 def _device(kind: str | None) -> torch.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from operator import not_
 from typing import Any, NamedTuple, NoReturn
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ckptd.errors import StateError
+from ckptd_integrations.torch.local_boxes import is_dtensor, unsupported_placement
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64", torch.complex64: "C64",
@@ -48,7 +49,10 @@ class TensorTable:
     """The tensors of one capture, each once, in the order in which they were met."""
 
     names: list[str]
+    owners: list[Tensor]
+    """The tensors themselves, as the state has them."""
     tensors: list[Tensor]
+    """What holds their elements: of a DTensor its local tensor, of complex128 a view as pairs."""
     dtypes: list[str]
     pointers: list[int]
     odd: list[int]
@@ -56,6 +60,8 @@ class TensorTable:
     aliases: dict[str, str]
     """Names of tensors that share all memory with an earlier one, and that one's name."""
     views: dict[str, View]
+    dtensors: dict[int, Any] = field(default_factory=dict)
+    """The DTensors among the owners, by index."""
 
     def current_pointers(self) -> list[int]:
         """Return where the tensors are now; raises `StateError` when one has moved since it was described.
@@ -74,6 +80,8 @@ class TensorTable:
 
 def tabulate(names: list[str], tensors: list[Tensor]) -> TensorTable:
     """Describe `tensors` without copying any; raises `StateError` naming one that can't be captured."""
+    owners, tensors = tensors, list(tensors)
+    dtensors = _open_dtensors(names, tensors)
     try:
         dtypes = [tensor.dtype for tensor in tensors]
         contiguous = list(map(Tensor.is_contiguous, tensors))
@@ -88,30 +96,63 @@ def tabulate(names: list[str], tensors: list[Tensor]) -> TensorTable:
         kind = unsupported_kind(tensors[index])
         if kind is not None:
             refuse(names[index], kind)
-    aliases = _find_aliases(names, tensors, pointers)
+    aliases = _find_aliases(names, tensors, pointers, dtensors)
     views = {}
     for index in odd:
         tensor = tensors[index]
-        view = _view_of(tensor, contiguous=contiguous[index])
+        # A local tensor's strides say nothing of the one that another mesh will have.
+        view = _view_of(tensor, contiguous=contiguous[index] or index in dtensors)
         if view != View(None, None, None) and names[index] not in aliases:
             views[names[index]] = view
         if tensor.dtype is torch.complex128:
             tensors[index] = torch.view_as_real(tensor.detach().resolve_conj())
             dtypes[index], pointers[index] = torch.float64, tensors[index].data_ptr()
+    table = TensorTable(names, owners, tensors, [], pointers, odd, aliases, views, dtensors)
     if aliases:
-        kept = [name not in aliases for name in names]
-        is_odd = set(odd)
-        odd = list(_where(compress((index in is_odd for index in range(len(kept))), kept)))
-        names, tensors = list(compress(names, kept)), list(compress(tensors, kept))
-        dtypes, pointers = list(compress(dtypes, kept)), list(compress(pointers, kept))
-    table = TensorTable(names, tensors, [DTYPE_NAMES[dtype] for dtype in dtypes], pointers, odd, aliases, views)
-    if 0 in pointers:
+        dtypes = _drop_aliases(table, dtypes)
+    table.dtypes = [DTYPE_NAMES[dtype] for dtype in dtypes]
+    if 0 in table.pointers:
         _refuse_freed(table)
     return table
 
 
+def _open_dtensors(names: Sequence[str], tensors: list[Tensor]) -> dict[int, Any]:
+    """Put local tensors in the place of DTensors, and return those by index."""
+    if set(map(type, tensors)) <= PLAIN_TYPES:
+        return {}
+    dtensors: dict[int, Any] = {}
+    for index, tensor in enumerate(tensors):
+        if is_dtensor(tensor):
+            kind = unsupported_kind(tensor)
+            if kind is not None:
+                refuse(names[index], kind)
+            dtensors[index] = tensor
+            tensors[index] = local_tensor(tensor)
+    return dtensors
+
+
+def _drop_aliases(table: TensorTable, dtypes: list[torch.dtype]) -> list[torch.dtype]:
+    """Leave each tensor in the table once; returns the dtypes of those that stay."""
+    kept = [name not in table.aliases for name in table.names]
+    numbers = {index: number for number, index in enumerate(_where(kept))}
+    table.odd = [numbers[index] for index in table.odd if index in numbers]
+    table.dtensors = {numbers[index]: item for index, item in table.dtensors.items() if index in numbers}
+    table.names = list(compress(table.names, kept))
+    table.owners, table.tensors = list(compress(table.owners, kept)), list(compress(table.tensors, kept))
+    table.pointers = list(compress(table.pointers, kept))
+    return list(compress(dtypes, kept))
+
+
+def local_tensor(tensor: Any) -> Tensor:
+    """Return what holds a DTensor's elements on this rank; `to_local()` would make another tensor each time."""
+    local: Tensor = tensor._local_tensor  # noqa: SLF001 - as everybody does
+    return local
+
+
 def unsupported_kind(tensor: Tensor) -> str | None:
     """Return what is wrong with a tensor that can't be captured, in words, or None."""
+    if is_dtensor(tensor):
+        return unsupported_placement(tensor) or unsupported_kind(local_tensor(tensor))
     kind = type(tensor)
     if is_lazy(tensor):
         return "an uninitialised parameter"
@@ -189,18 +230,31 @@ def _view_of(tensor: Tensor, *, contiguous: bool) -> View:
     )
 
 
-def _find_aliases(names: Sequence[str], tensors: Sequence[Tensor], pointers: Sequence[int]) -> dict[str, str]:
+def _find_aliases(
+    names: Sequence[str], tensors: Sequence[Tensor], pointers: Sequence[int], dtensors: Mapping[int, Any]
+) -> dict[str, str]:
     if len(set(pointers)) == len(pointers):
         return {}
     uses = Counter(pointers)
-    uses[0] = 0  # Tensors without elements all lie nowhere.
+    if not dtensors:
+        uses[0] = 0  # Tensors without elements all lie nowhere.
     first: dict[object, str] = {}
     aliases = {}
-    for name, tensor, pointer in zip(names, tensors, pointers, strict=True):
+    for index, (name, tensor, pointer) in enumerate(zip(names, tensors, pointers, strict=True)):
         if uses[pointer] < 2:
             continue
-        key = (pointer, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg())
+        key: tuple[object, ...]
+        if pointer == 0:
+            # A tied DTensor of which this rank has nothing is an alias all the same, as it is on the other ranks.
+            key = (id(dtensors.get(index, name)),)
+        else:
+            key = (pointer, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            key += (tensor.is_conj(), tensor.is_neg(), _placing(dtensors.get(index)))
         earlier = first.setdefault(key, name)
         if earlier != name:
             aliases[name] = earlier
     return aliases
+
+
+def _placing(dtensor: Any) -> object:
+    return None if dtensor is None else (dtensor.device_mesh, dtensor.placements, dtensor.shape)

@@ -24,8 +24,9 @@ from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
+from itertools import chain
 from types import NoneType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ from ckptd_integrations.torch.tensors import PLAIN_TYPES, refuse, unsupported_ki
 TREE_VERSION = 1
 MAX_DEPTH = 100
 """Containers nested deeper than this are refused; one that contains itself is the usual reason."""
+NESTED_ITEMS = 16
+"""A dict of at least so many dicts of tensors is compared with what it was at the last capture."""
 PACKED_ITEMS = 64
 """A list of at least so many ints or floats is packed."""
 FACTORIES: Mapping[str, Callable[[], Any]] = {
@@ -59,12 +62,31 @@ class Holds(Enum):
     """Keys and members of sets: they are compared by value, which tensors are not."""
 
 
+class Stepping(NamedTuple):
+    """An optimizer that was met, and which of the tensors gathered are in its `state_dict()`."""
+
+    optimizer: Any
+    begin: int
+    end: int
+
+
+class Nested(NamedTuple):
+    """A dict of dicts of tensors as it was met last: what its node was made of, the node, and the tensors' names."""
+
+    form: tuple[list[Any], ...]
+    node: Any
+    names: list[str]
+
+
 class Harvest:
     """Collects one capture: turns objects into nodes and gathers the tensors they refer to, under unique names."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: dict[str, Nested] | None = None) -> None:
+        """Begin a capture; `known` goes from one capture to the next and spares those after the first some work."""
+        self._known = {} if known is None else known
         self.names: list[str] = []
         self.tensors: list[Tensor] = []
+        self.optimizers: list[Stepping] = []
         self._used = {VALUES_NAME, "__metadata__"}
 
     def encode(self, value: Any, path: str, holds: Holds = Holds.OBJECTS, depth: int = 0) -> Any:
@@ -101,6 +123,31 @@ class Harvest:
                 return flat
         if holds is Holds.VALUES:
             _refuse_value(path, "a dict")
+        if len(value) >= NESTED_ITEMS and set(map(type, value.values())) == {dict} and kind is dict:
+            return self._nested(value, path, holds, depth)
+        return self._items(value, path, holds, depth)
+
+    def _nested(self, value: Mapping[Any, Any], path: str, holds: Holds, depth: int) -> Any:
+        # An optimizer's state of many parameters. Made anew, it would take as long as copying small tensors does.
+        inner = list(value.values())
+        keys = list(chain.from_iterable(inner))
+        form = (list(map(type, value)), list(value), list(map(len, inner)), keys)
+        tensors = list(chain.from_iterable(map(dict.values, inner)))
+        is_flat = PLAIN_TYPES.issuperset(map(type, tensors)) and set(map(type, keys)) == {str}
+        known = self._known.get(path)
+        if is_flat and known is not None and known.form == form and self._used.isdisjoint(known.names):
+            self._used.update(known.names)
+            self.names += known.names
+            self.tensors += tensors
+            return known.node
+        begin = len(self.names)
+        node = self._items(value, path, holds, depth)
+        if is_flat and all(item[0] == "flat" for item in node[1][1::2]):
+            self._known[path] = Nested(form, node, self.names[begin:])
+        return node
+
+    def _items(self, value: Mapping[Any, Any], path: str, holds: Holds, depth: int) -> Any:
+        kind = type(value)
         items = []
         for key, item in value.items():
             items.append(self.encode(key, path, Holds.VALUES, depth + 1))
@@ -183,10 +230,13 @@ class Harvest:
         if kind is None or holds is not Holds.OBJECTS:
             _refuse_type(value, path, has_state=kind not in (None, objects.GENERATOR))
         content, whole = objects.collect(value, kind)
+        begin = len(self.tensors)
         if whole:
             node = self.encode(content, path, Holds.TENSORS, depth + 1)
         else:
             node = self.mapping(content, path, Holds.TENSORS, depth + 1)
+        if kind == objects.OPTIMIZER:
+            self.optimizers.append(Stepping(value, begin, len(self.tensors)))
         return ("object", kind, objects.class_name(value, kind), node, objects.parameter_shapes(value, kind))
 
 

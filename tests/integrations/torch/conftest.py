@@ -7,33 +7,34 @@ import numpy as np
 import pytest
 import torch
 
-from ckptd.storage.digest import digest
-from ckptd.storage.image import parse
+from ckptd.client.framework import Membership
 from ckptd_integrations.torch.framework import TorchFramework
+from tests.integrations.torch.offering import Offered
+
+ALONE = Membership(0, 1)
 
 
 class Harness:
     """Binds, captures into plain memory, restores and compares bit for bit."""
 
-    def bind(self, rng=False, **state):
-        return TorchFramework().bind(state, rng=rng)
+    def bind(self, rng=False, membership=ALONE, **state):
+        return TorchFramework().bind(state, rng=rng, membership=membership)
 
-    def image(self, binding):
+    def image(self, binding, step=1, whole=False):
         """Capture into a slot that held other bytes before."""
-        prepared = binding.prepare()
+        prepared = binding.prepare(step, whole=whole)
         slot = memoryview(bytearray(b"\xa5" * prepared.image_bytes))
         prepared.write(slot)
         return slot
 
-    def capture(self, rng=False, **state):
-        return self.image(self.bind(rng=rng, **state))
+    def capture(self, rng=False, membership=ALONE, **state):
+        return self.image(self.bind(rng=rng, membership=membership, **state))
 
-    def digests(self, image):
-        return {span.name: digest(image[span.begin : span.end]) for span in parse(image).spans}
-
-    def restore(self, image, rng=False, **state):
-        binding = self.bind(rng=rng, **state)
-        binding.restore(image, self.digests(image))
+    def restore(self, image, rng=False, membership=ALONE, **state):
+        """Restore from one rank's image, or from a list of all ranks' images."""
+        binding = self.bind(rng=rng, membership=membership, **state)
+        with Offered(image if isinstance(image, list) else [image]) as offered:
+            binding.restore(offered)
         return binding.state
 
     def same(self, left, right, path="state"):

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as lr
 
+from ckptd_integrations.torch.sources import CheckpointTensors
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
@@ -241,3 +243,30 @@ def test_several_optimizers_in_a_list(harness):
     assert list(twins.values()) == modules
     for before, after in zip((*nets.values(), *optimizers), (*modules, *restored), strict=True):
         harness.same(after.state_dict(), before.state_dict())
+
+
+def test_an_optimizer_keeps_the_tensors_that_were_read_into(harness, monkeypatch):
+    """The state of a fresh optimizer exists once: what was made for it is what it steps, without another copy."""
+    made = []
+    make = CheckpointTensors.make
+    monkeypatch.setattr(
+        CheckpointTensors, "make", lambda *args, **kwargs: made.append(make(*args, **kwargs)) or made[-1]
+    )
+    first, second = Trainer("adam"), Trainer("adam")
+    first.step()
+    harness.restore(harness.capture(optimizer=first.optimizer), optimizer=second.optimizer)
+    kept = [tensor for state in second.optimizer.state.values() for tensor in state.values()]
+    assert kept
+    assert {id(tensor) for tensor in kept} == {id(tensor) for tensor in made}
+
+
+def test_an_optimizer_that_has_stepped_is_filled_in_place(harness):
+    """State that exists already stays where it is: a captured CUDA graph may refer to it, and memory may be short."""
+    first, second = Trainer("adam"), Trainer("adam")
+    for trainer in (first, second, first):
+        trainer.step()
+    before = [tensor for state in second.optimizer.state.values() for tensor in state.values()]
+    harness.restore(harness.capture(optimizer=first.optimizer), optimizer=second.optimizer)
+    after = [tensor for state in second.optimizer.state.values() for tensor in state.values()]
+    assert all(now is then for now, then in zip(after, before, strict=True))
+    harness.same(second.optimizer.state_dict(), first.optimizer.state_dict())

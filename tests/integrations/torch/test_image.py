@@ -130,24 +130,24 @@ def test_layout_is_reused_until_it_changes(harness):
     """Header and layout are the same objects while only contents change, also when the values get a little longer."""
     model = nn.Linear(2, 2)
     binding = harness.bind(model=model, epoch=1, rng=True)
-    first = binding.prepare()
+    first = binding.prepare(1)
     binding.state["epoch"] = 123456789
-    assert binding.prepare().layout is first.layout
+    assert binding.prepare(1).layout is first.layout
     binding.state["note"] = "x" * 100_000
-    longer = binding.prepare()
+    longer = binding.prepare(1)
     assert longer.layout is not first.layout
     assert longer.image_bytes > first.image_bytes
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
     binding.state["optimizer"] = optimizer
-    before = binding.prepare().layout
+    before = binding.prepare(1).layout
     model(torch.ones(2)).sum().backward()
     optimizer.step()
-    grown = binding.prepare().layout
+    grown = binding.prepare(1).layout
     assert grown is not before
     assert "optimizer.state.0.momentum_buffer" in {span.name for span in grown.spans}
     binding.state["model"] = nn.Linear(2, 3)
-    assert binding.prepare().layout is not grown
-    assert parse(harness.image(binding)).header == binding.prepare().layout.header
+    assert binding.prepare(1).layout is not grown
+    assert parse(harness.image(binding)).header == binding.prepare(1).layout.header
 
 
 def test_a_capture_reads_what_is_there_now(harness):
@@ -166,7 +166,7 @@ def test_memory_can_be_closed(harness):
     """After a capture, a restore and refused restores no view of the memory is left: it can be unmapped."""
     state = {"model": nn.BatchNorm1d(3), "lazy": torch.ones(2, dtype=torch.complex128).conj(), "values": [1, "two"]}
     binding = harness.bind(**state, rng=True)
-    prepared = binding.prepare()
+    prepared = binding.prepare(1)
     with mmap.mmap(-1, prepared.image_bytes) as memory:
         with memoryview(memory) as slot:
             holders = sys.getrefcount(slot)
@@ -185,7 +185,7 @@ def test_memory_can_be_closed(harness):
 
 def test_a_slot_that_does_not_fit_is_a_bug(harness):
     """A slot that is too small or read-only stops the capture before the first byte is written."""
-    prepared = harness.bind(x=torch.ones(3)).prepare()
+    prepared = harness.bind(x=torch.ones(3)).prepare(1)
     small = bytearray(prepared.image_bytes - 1)
     with pytest.raises(InvariantError):
         prepared.write(memoryview(small))
@@ -197,7 +197,7 @@ def test_a_slot_that_does_not_fit_is_a_bug(harness):
 def test_memory_that_moves_is_noticed(harness):
     """A tensor that gets other memory between `prepare` and `write` is named, not copied from where it was."""
     x = torch.ones(3)
-    prepared = harness.bind(x=x).prepare()
+    prepared = harness.bind(x=x).prepare(1)
     x.data = torch.ones(5)
     with pytest.raises(StateError, match="'x'"):
         prepared.write(memoryview(bytearray(prepared.image_bytes)))

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from ckptd.errors import DamagedError, StateError
+from ckptd.storage.digest import LEAF_BYTES
 from ckptd.storage.image import VALUES_NAME, parse
+from tests.integrations.torch.offering import Offered
 
 
 def make(width=3, dtype=torch.float32, optimizer=torch.optim.Adam):
@@ -27,13 +29,13 @@ def contents(state):
     }
 
 
-def refuses(harness, image, state, kind=StateError):
+def refuses(harness, image, state):
     """Restore, expect a refusal, and check that nothing was changed by it."""
     before = contents(state)
     generator = torch.get_rng_state()
     binding = harness.bind(rng=True, **state)
-    with pytest.raises(kind) as refused:
-        binding.restore(image, harness.digests(image) if kind is StateError else None)
+    with Offered([image]) as offered, pytest.raises(StateError) as refused:
+        binding.restore(offered)
     harness.same(contents(state), before)
     assert binding.state == state
     assert torch.equal(torch.get_rng_state(), generator)
@@ -168,59 +170,63 @@ def test_scalers_that_differ(harness):
     )
 
 
-def test_flipped_bits(harness):
-    """One flipped bit, anywhere in a tensor or the values, is found by its digest; nothing is filled."""
-    state = make()
-    good = harness.capture(rng=True, **state)
-    digests = harness.digests(good)
-    for span in parse(good).spans:
+@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
+def test_flipped_bits(harness, tmp_path, on_disk):
+    """One flipped bit, anywhere in a tensor or the values, is found by its digest, and the tensor is named."""
+    image = harness.capture(rng=True, **make())
+    for span in parse(image).spans:
         if span.begin == span.end:
             continue
-        bad = memoryview(bytearray(good))
-        bad[(span.begin + span.end) // 2] ^= 4
-        other = make()
-        before = contents(other)
-        with pytest.raises(DamagedError) as refused:
-            harness.bind(rng=True, **other).restore(bad, digests)
+        with Offered([image], tmp_path if on_disk else None) as offered:
+            offered.flip(0, (span.begin + span.end) // 2)
+            with pytest.raises(DamagedError) as refused:
+                harness.bind(rng=True, **make()).restore(offered)
         assert repr(span.name) in refused.value.message
-        harness.same(contents(other), before)
+        assert "rank-00000.safetensors" in refused.value.message
+        assert refused.value.hint
 
 
-def test_missing_digests(harness):
-    """A tensor that no digest speaks for counts as damaged."""
-    image = harness.capture(x=torch.ones(1))
-    digests = harness.digests(image)
-    del digests["x"]
-    with pytest.raises(DamagedError, match="'x'"):
-        harness.bind(x=torch.zeros(1)).restore(image, digests)
+def test_every_leaf_is_checked(harness):
+    """In a tensor of several leaves, a flipped bit in any of them is found."""
+    image = harness.capture(x=torch.arange(3 * LEAF_BYTES // 4 + 5, dtype=torch.int32))
+    span = next(span for span in parse(image).spans if span.name == "x")
+    for at in range(span.begin, span.end, LEAF_BYTES):
+        with Offered([image]) as offered:
+            offered.flip(0, at)
+            with pytest.raises(DamagedError, match="'x'"):
+                harness.bind(x=torch.zeros(3 * LEAF_BYTES // 4 + 5, dtype=torch.int32)).restore(offered)
 
 
-def test_cut_images(harness):
-    """An image that ends early is damage, wherever it was cut."""
+def test_what_was_not_digested_yet(harness):
+    """A snapshot that has no digests yet is restored without them."""
+    state = make()
+    with Offered([harness.capture(**state)], digested=False) as offered:
+        twin = harness.bind(**make())
+        twin.restore(offered)
+    harness.same(contents(twin.state), contents(state))
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
+def test_files_that_end_early(harness, tmp_path, on_disk):
+    """A file that ends before its tensors do is damage, wherever it was cut."""
     image = harness.capture(rng=True, **make())
     for size in (0, 7, 4095, 4096, len(image) // 2, len(image) - 1):
-        message = refuses_damaged(harness, image[:size])
-        assert message
+        with Offered([image], tmp_path if on_disk else None) as offered:
+            offered.cut(0, size)
+            with pytest.raises(DamagedError):
+                harness.bind(rng=True, **make()).restore(offered)
 
 
-def refuses_damaged(harness, image):
-    state = make()
-    before = contents(state)
-    with pytest.raises(DamagedError) as refused:
-        harness.bind(rng=True, **state).restore(image, None)
-    harness.same(contents(state), before)
-    return refused.value.message
-
-
-def test_images_of_others(harness):
-    """An image of another framework is refused by its header."""
-    from ckptd.storage.image import plan, write_values
-
-    layout = plan([], 10, {"ckptd.framework": "jax"})
-    image = memoryview(bytearray(layout.image_bytes))
-    image[: len(layout.header)] = layout.header
-    write_values(image, layout.values, b"")
-    assert "'jax'" in refuses(harness, image, {"a": 1})
+def test_values_that_are_none(harness):
+    """A checkpoint without values, or with others than ours, is damaged."""
+    image = harness.capture(x=torch.ones(1))
+    with Offered([image]) as offered, pytest.raises(DamagedError, match="no values"):
+        del offered.document["tensors"][VALUES_NAME]
+        harness.bind(x=torch.zeros(1)).restore(offered)
+    values = parse(image).values
+    image[values.begin + 8 : values.end] = bytes(values.end - values.begin - 8)
+    with Offered([image]) as offered, pytest.raises(DamagedError, match="can't be read"):
+        harness.bind(x=torch.zeros(1)).restore(offered)
 
 
 def test_nothing_aliases_the_image(harness):
@@ -276,8 +282,3 @@ def test_captured_with_gradients(harness):
     made = harness.restore(harness.capture(y=x * 3, z=(x.double() * 1j)), y=None, z=None)
     harness.same(made, {"y": torch.full((2,), 3.0), "z": torch.full((2,), 1j, dtype=torch.complex128)})
     assert not made["y"].requires_grad
-
-
-def test_the_values_are_covered_by_a_digest(harness):
-    """The values blob is one of the tensors that digests speak for."""
-    assert VALUES_NAME in harness.digests(harness.capture(a=1))

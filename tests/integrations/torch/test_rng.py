@@ -84,8 +84,11 @@ def test_a_process_that_has_not_loaded_numpy(harness, tmp_path):
     image.write_bytes(harness.capture(rng=True, a=1))
     expected = np.random.random()
     code = f"""
+        from ckptd.client.framework import Membership
         from ckptd_integrations.torch.framework import TorchFramework
-        TorchFramework().bind({{"a": 0}}, rng=True).restore(memoryview(open({str(image)!r}, "rb").read()), None)
+        from tests.integrations.torch.offering import Offered
+        with Offered([open({str(image)!r}, "rb").read()]) as offered:
+            TorchFramework().bind({{"a": 0}}, rng=True, membership=Membership(0, 1)).restore(offered)
         import numpy
         print(numpy.random.random())
     """

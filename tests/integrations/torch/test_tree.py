@@ -286,7 +286,7 @@ def test_refused_names(harness):
     binding = harness.bind(a=1)
     binding.state[3] = 4
     with pytest.raises(StateError, match="3"):
-        binding.prepare()
+        binding.prepare(1)
 
 
 @pytest.mark.parametrize(

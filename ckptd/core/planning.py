@@ -1,0 +1,72 @@
+"""What the next generation begins with: the best of memory and tiers, tried one by one until one can be offered."""
+
+from __future__ import annotations
+
+from ckptd.core import events as e
+from ckptd.core.ending import Ending
+from ckptd.core.events import Effect, Log
+from ckptd.core.job_spec import JobSpec, Now
+from ckptd.core.job_states import JobEvent, JobState
+from ckptd.core.restore import MEMORY, Offers, Source, nothing_left
+from ckptd.errors import DamagedError
+
+
+class Planning(Ending):
+    """The way of a job from nothing running to a claimed generation."""
+
+    def __init__(self, spec: JobSpec, first_incident: int) -> None:
+        super().__init__(spec, first_incident)
+        self.offers = Offers()
+        self._last_generation = 0
+        self._offer: Source | None = None
+        self._offer_world_size = spec.world_size
+
+    def begin(self) -> list[Effect]:
+        """Start the job: look what the tiers hold, then begin a generation with the best of it."""
+        self._move(JobEvent.BEGIN)
+        return [e.ReadStore()]
+
+    def _plan(self, now: Now) -> list[Effect]:
+        if self.state is not JobState.PREPARING:
+            return []  # stopped meanwhile
+        for source in self.offers.refused:
+            if source.tier == MEMORY:
+                self.keeper.book.refuse(source.id)  # not before: a rank might still be on its way to it
+        effects = self.keeper.tick(now.s)
+        try:
+            plan = self.offers.plan(self.keeper.book.newest)
+        except DamagedError as error:
+            return effects + self._give_up(error, now)
+        return [
+            *effects,
+            Log("restore planned", {"reasons": list(plan.reasons)}, level="debug"),
+            *self._next_source(now),
+        ]
+
+    def _next_source(self, now: Now, problem: str | None = None) -> list[Effect]:
+        """Go on to the next best; `problem` is why the one before it was none."""
+        source = self.offers.next()
+        if source is None and problem is not None:
+            return self._give_up(nothing_left([problem]), now)
+        return self._claim(source) if source is None or source.tier == MEMORY else [e.Fetch(source)]
+
+    def _claim(self, offer: Source | None, world_size: int | None = None) -> list[Effect]:
+        if self.state is not JobState.PREPARING:
+            return []  # stopped meanwhile
+        self._offer, self._offer_world_size = offer, world_size or self.spec.world_size
+        return [e.Claim(self._last_generation + 1, None if offer is None else offer.id)]
+
+    def _fetched(self, event: e.Fetched, now: Now) -> list[Effect]:
+        if self.state is not JobState.PREPARING:
+            return []  # stopped meanwhile
+        if event.source in self.offers.refused:  # by a late word of a rank that was offered it before
+            return self._next_source(now, f"{event.source} failed to restore before")
+        return self._claim(event.source, event.world_size)
+
+    def _fetch_failed(self, event: e.FetchFailed, now: Now) -> list[Effect]:
+        if self.state is not JobState.PREPARING:
+            return []  # stopped meanwhile
+        self.offers.drop(event.source)
+        fields = {"step": event.source.id.step, "tier": event.source.tier, "error": event.error.message}
+        log = Log("checkpoint damaged", fields, level="error")
+        return [log, *self._next_source(now, event.error.message)]

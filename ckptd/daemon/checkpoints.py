@@ -1,0 +1,177 @@
+"""A job's checkpoints as its supervisor handles them: what storage threads did, as inputs of the machine, and offers.
+
+Every method that touches a tier does so in a thread. What comes of it is returned and not fed, so that whoever asked
+decides what to make of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptd.coordination.coordinator import Coordinator, next_generation
+from ckptd.core import events as e
+from ckptd.core.restore import MEMORY, Source
+from ckptd.daemon.arena import Arena
+from ckptd.daemon.job_store import JobStore
+from ckptd.daemon.offers import Offer, SlotOffer, StoredOffer, close_all, read_only
+from ckptd.errors import AgentError, CkptdError, FencedError, invariant
+from ckptd.storage import keys, manifest
+from ckptd.types import CheckpointId
+
+_CLAIM_TRIES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A checkpoint on a tier that can be offered."""
+
+    source: Source
+    document: bytes
+    files: frozenset[str]
+    world_size: int
+
+
+class Checkpoints:
+    """The checkpoints of one job. One offer at a time, to the ranks of one generation."""
+
+    def __init__(self, job: str, store: JobStore, coordinator: Coordinator, arena: Arena) -> None:
+        self.store = store
+        self._job = job
+        self._coordinator = coordinator
+        self._arena = arena
+        self._documents: dict[CheckpointId, bytes] = {}
+        """Of snapshots in memory that have been flushed: with digests."""
+        self._checked: _Checked | None = None
+        self._offered: tuple[int, asyncio.Future[Offer]] | None = None
+
+    async def read(self) -> e.Input:
+        """Look what the tier holds; raises what the tier raises."""
+        return await asyncio.to_thread(self.store.read)
+
+    async def claim(self, order: e.Claim) -> e.Input:
+        """Claim a generation; raises `FencedError` when somebody else takes every number."""
+        number = order.at_least
+        for _ in range(_CLAIM_TRIES):
+            number = await asyncio.to_thread(next_generation, self._coordinator, self._job, number)
+            if await asyncio.to_thread(self.store.claim, number, order.parent):
+                return e.Claimed(number)
+        raise FencedError(f"somebody else claims every generation of job {self._job}", hint="stop the other one")
+
+    async def check(self, source: Source) -> e.Input:
+        """See whether a checkpoint on the tier can be offered."""
+        try:
+            self._checked = await asyncio.to_thread(_check, self.store, source)
+        except CkptdError as error:
+            return e.FetchFailed(source, error)
+        return e.Fetched(source, self._checked.world_size)
+
+    async def flush(self, order: e.Flush, alive: Collection[CheckpointId]) -> e.Input:
+        """Make a snapshot durable. Of those in `alive`, the ones in memory, manifests are kept to be offered."""
+        try:
+            result = await asyncio.to_thread(self.store.flush, order, self._images(order))
+        except CkptdError as error:
+            return e.FlushFailed(order.id, error)
+        self._documents[order.id] = result.document
+        self._documents = {item: document for item, document in self._documents.items() if item in alive}
+        return e.Committed(order.id, self.store.tier.name, result.size_bytes, result.seconds)
+
+    async def prune(self, order: e.Prune) -> CkptdError | None:
+        """Remove checkpoints; return what could not be done."""
+        return await asyncio.to_thread(self.store.prune, order.ids, order.kept)
+
+    def _images(self, order: e.Flush) -> dict[int, memoryview]:
+        slots = {rank: self._arena.slots(rank)[slot] for rank, slot in order.slots.items()}
+        return {rank: slot.view[: order.image_bytes[rank]] for rank, slot in slots.items()}
+
+    # --- the offer --------------------------------------------------------------------------------------------
+
+    def prepare(self, generation: int, source: Source, snapshot: e.Flush | None) -> None:
+        """Make ready what a generation is offered, once for all its ranks; `snapshot` is where it lies in memory."""
+        if self._offered is not None and self._offered[0] == generation:
+            return
+        self.withdraw()
+        loop = asyncio.get_running_loop()
+        offered: asyncio.Future[Offer]
+        try:
+            offered = loop.create_task(self._stored(source) if snapshot is None else self._in_slots(source, snapshot))
+        except CkptdError as error:
+            offered = loop.create_future()
+            offered.set_exception(error)
+        self._offered = (generation, offered)
+
+    async def offer(self, generation: int) -> Offer:
+        """Return what was prepared for a generation; raises why it can't be offered."""
+        if self._offered is None or self._offered[0] != generation:
+            raise AgentError(f"generation {generation} of job {self._job} is not offered anything any more")
+        return await asyncio.shield(self._offered[1])
+
+    async def open(self, generation: int, files: Sequence[str]) -> list[int]:
+        """Return descriptors of files of the offer; the caller closes them."""
+        offer = await self.offer(generation)
+        offer.check(files)
+        if offer.source.tier == MEMORY:
+            return offer.open(files)
+        opening = asyncio.ensure_future(asyncio.to_thread(offer.open, files))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_result)
+            raise
+
+    def withdraw(self) -> None:
+        """End the offer: every rank has restored, or its generation is over."""
+        if self._offered is not None:
+            _, work = self._offered
+            self._offered = None
+            work.add_done_callback(_close_offer)  # at once when it is done; what threads do for it can't be stopped
+
+    async def _stored(self, source: Source) -> Offer:
+        checked = self._checked
+        invariant(checked is not None and checked.source == source, f"{source} is offered and was not looked at")
+        assert checked is not None  # for the type checker
+        return StoredOffer(source, checked.document, checked.files, self.store)
+
+    def _in_slots(self, source: Source, snapshot: e.Flush) -> Coroutine[Any, Any, Offer]:
+        """Hold the slots at once, so that they stay what they are whatever becomes of the snapshot; then go on."""
+        slots: dict[str, int] = {}
+        try:
+            for rank, slot in snapshot.slots.items():
+                file = keys.folder(source.id) + keys.shard_file(rank)
+                slots[file] = read_only(self._arena.slots(rank)[slot].descriptor)
+        except BaseException:
+            close_all(slots.values())
+            raise
+        return self._described(source, snapshot, self._images(snapshot), slots)
+
+    async def _described(
+        self, source: Source, snapshot: e.Flush, images: Mapping[int, memoryview], slots: Mapping[str, int]
+    ) -> Offer:
+        try:
+            document = self._documents.get(source.id)
+            if document is None:
+                document = await asyncio.to_thread(self.store.snapshot_document, snapshot, images)
+            return SlotOffer(source, document, slots)
+        except BaseException:
+            close_all(slots.values())
+            raise
+        finally:
+            del images  # an error's traceback must not keep them
+
+
+def _check(store: JobStore, source: Source) -> _Checked:
+    document = store.check_offer(source.id)
+    read = manifest.parse(document, str(source))
+    return _Checked(source, document, read.files, read.world_size)
+
+
+def _close_result(opening: asyncio.Future[list[int]]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        close_all(opening.result())
+
+
+def _close_offer(work: asyncio.Future[Offer]) -> None:
+    if not work.cancelled() and work.exception() is None:
+        work.result().close()

@@ -1,0 +1,312 @@
+"""What a job's agent does with a tier: plain blocking calls, made in threads.
+
+Nothing here touches the agent's state. A flush and a prune may run side by side; what they share is the few fields of
+`JobStore` that its lock guards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+from ckptd.core import lineage
+from ckptd.core.events import Flush, StoreRead
+from ckptd.core.restore import Source
+from ckptd.daemon import flushing
+from ckptd.daemon.flushing import Flushed, Known, Shards, Where
+from ckptd.errors import CkptdError, DamagedError, FencedError, NotFoundError
+from ckptd.storage import catalog, keys, manifest
+from ckptd.storage.manifest import Manifest, Place, ShardContent
+from ckptd.storage.reuse import NO_HISTORY, Content, Entry, history_of, stored_contents
+from ckptd.storage.tier import Pace, Tier
+from ckptd.types import CheckpointId
+
+
+@dataclass(frozen=True, slots=True)
+class FlushResult:
+    """A checkpoint that was committed."""
+
+    size_bytes: int
+    """What was written: unchanged tensors that are referred to are not in it."""
+    seconds: float
+    document: bytes
+    """The manifest of the same snapshot as the slots hold it, with its digests."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Earlier:
+    """A committed checkpoint that the next one may refer to."""
+
+    id: CheckpointId
+    file_bytes: Mapping[str, int]
+    """The size of every file that it needs, its own and others."""
+    contents: Mapping[Content, Place]
+
+
+class JobStore:
+    """One job on one tier. One flush at a time; every other call may be made at any time, from any thread.
+
+    With `reuse` false every file is the slot's image and nothing is referred to. `pace` is asked before bytes are
+    written.
+    """
+
+    def __init__(self, tier: Tier, job: str, pool: Executor, *, reuse: bool = True, pace: Pace | None = None) -> None:
+        self.tier = tier
+        self._job = job
+        self._pool = pool
+        self._reuse = reuse
+        self._pace = pace
+        self._lock = threading.Lock()
+        self._generation = 0
+        """The newest that we know to be ours."""
+        self._files: dict[CheckpointId, frozenset[str]] = {}
+        """What committed checkpoints need, of those that were read or written."""
+        self._earlier: _Earlier | None = None
+        self._in_flight: CheckpointId | None = None
+        self._needed: frozenset[str] = frozenset()
+        """What the flush in flight may refer to."""
+        self._pruning: frozenset[CheckpointId] = frozenset()
+        self._history = NO_HISTORY
+        self._shards = Shards({}, {})
+        """Of the last flush's images; the next ones mostly have the same."""
+
+    # --- the job on the tier ------------------------------------------------------------------------------------
+
+    def read(self) -> StoreRead:
+        """Look what the tier holds of the job."""
+        held = catalog.holdings(self.tier, self._job)
+        line = lineage.candidates(held.parents, held.committed)
+        return StoreRead(
+            tuple(Source(checkpoint, self.tier.name) for checkpoint in line),
+            lineage.latest_generation(held.parents, held.committed),
+        )
+
+    def claim(self, generation: int, parent: CheckpointId | None) -> bool:
+        """Record a generation on the tier; return False when somebody else has that number."""
+        try:
+            catalog.claim_generation(self.tier, self._job, generation, parent, time.time())
+        except FencedError:
+            return False
+        with self._lock:
+            self._generation = max(self._generation, generation)
+        return True
+
+    # --- restore ------------------------------------------------------------------------------------------------
+
+    def check_offer(self, checkpoint: CheckpointId) -> bytes:
+        """Return the manifest of a checkpoint, ready to be offered, when every file that it needs is there.
+
+        Sizes are compared, nothing is read: whoever reads the bytes checks them. Raises `NotFoundError` or
+        `DamagedError` that names the file.
+        """
+        loaded = self._load(checkpoint)
+        needed = {shard.file: shard.size_bytes for shard in loaded.shards}
+        own = set(needed)
+        for tensor in loaded.tensors.values():
+            for chunk in tensor.chunks:
+                if chunk.end > needed.get(chunk.file, -1):
+                    needed[chunk.file] = chunk.end
+        for file, size in needed.items():
+            found = self.tier.size_bytes(f"{self._job}/{file}")
+            if found < size or (file in own and found != size):
+                raise DamagedError(
+                    f"{self.tier.url}/{self._job}/{file} has {found} bytes, the manifest of {checkpoint} needs {size}",
+                    hint=f"`ckptctl verify {self._job} {checkpoint.step}` names everything that is damaged",
+                )
+        return manifest.encode(loaded.document)
+
+    def open(self, file: str) -> int:
+        """Return a descriptor of a file that is named as seen from the job's folder; the caller closes it.
+
+        Raises `NotFoundError` for what is not there, and for what is no file of a checkpoint of this job.
+        """
+        if not keys.is_shard_file(file):
+            raise NotFoundError(f"job {self._job} has no file {file!r}")
+        return self.tier.open(f"{self._job}/{file}")
+
+    def _load(self, checkpoint: CheckpointId) -> Manifest:
+        loaded = catalog.load_manifest(self.tier, self._job, checkpoint)
+        with self._lock:
+            self._files[checkpoint] = loaded.files
+        return loaded
+
+    # --- flush --------------------------------------------------------------------------------------------------
+
+    def flush(self, order: Flush, images: Mapping[int, memoryview]) -> FlushResult:
+        """Make every shard of a snapshot durable, then commit it with its manifest.
+
+        Raises the first error when every part has ended. Neither it nor anything else refers to a slot then.
+        """
+        begin_s = time.monotonic()
+        key = keys.manifest_key(self._job, order.id)
+        try:
+            known = self._begin(order)
+            self._refuse_committed(key)
+            where = Where(self.tier, self._job, order.id, self._pace)
+            self._shards = flushing.shards_of(images, self._shards)
+            flushed = flushing.flush(where, images, self._shards, known, self._pool)
+            document = manifest.encode(self._document(order, flushed.stored))
+            self.tier.put(key, document, create_only=True)
+            self._remember(where, flushed, known)
+        finally:
+            del images  # an error's traceback must not keep them
+            with self._lock:
+                self._in_flight, self._needed = None, frozenset()
+        written_bytes = sum(content.size_bytes for content in flushed.stored)
+        if flushed.stored != flushed.in_memory:
+            document = manifest.encode(self._document(order, flushed.in_memory))
+        return FlushResult(written_bytes, time.monotonic() - begin_s, document)
+
+    def snapshot_document(self, order: Flush, images: Mapping[int, memoryview]) -> bytes:
+        """Return the manifest of a snapshot that lies in slots and was not digested; its files are the slots.
+
+        Raises `DamagedError` when a slot holds no image, `StateError` when the ranks' images don't fit together.
+        """
+        layouts = flushing.shards_of(images, self._shards).layouts
+        contents = [flushing.content_of(rank, layout, {}) for rank, layout in layouts.items()]
+        return manifest.encode(self._document(order, contents))
+
+    def _document(self, order: Flush, contents: Sequence[ShardContent]) -> dict[str, Any]:
+        return manifest.build(self._job, order.id, order.parent, contents, created_at=time.time(), values=order.values)
+
+    def _begin(self, order: Flush) -> Known | None:
+        """Fix what a flush may refer to, so that no prune removes it meanwhile."""
+        with self._lock:
+            self._generation = max(self._generation, order.id.generation)
+            self._in_flight = order.id
+            if not self._reuse:
+                return None
+            earlier = self._earlier
+            if earlier is None or (earlier.id.generation != order.id.generation and earlier.id != order.parent):
+                self._earlier, self._history = self._read_earlier(order.parent), NO_HISTORY
+                earlier = self._earlier
+            if earlier is None:
+                return Known({}, {}, self._history)
+            self._needed = frozenset(earlier.file_bytes)
+            return Known(earlier.contents, earlier.file_bytes, self._history)
+
+    def _read_earlier(self, parent: CheckpointId | None) -> _Earlier | None:
+        """Read what a generation began with; what can't be read is not referred to, and no more harm than that."""
+        if parent is None or parent in self._pruning:
+            return None
+        try:
+            loaded = catalog.load_manifest(self.tier, self._job, parent)
+            sizes = {file: self.tier.size_bytes(f"{self._job}/{file}") for file in loaded.files}
+        except CkptdError:
+            return None
+        self._files[parent] = loaded.files
+        return _Earlier(parent, sizes, stored_contents(loaded))
+
+    def _refuse_committed(self, key: str) -> None:
+        """Raise `FencedError` when a checkpoint stands: a second attempt might write its files in another way."""
+        try:
+            self.tier.size_bytes(key)
+        except NotFoundError:
+            return
+        raise FencedError(f"{self.tier.url}/{key} exists already")
+
+    def _remember(self, where: Where, flushed: Flushed, known: Known | None) -> None:
+        """Keep what the next flush may refer to, and what a prune must not remove."""
+        sizes = {where.file(shard.rank): shard.size_bytes for shard in flushed.stored}
+        contents: dict[Content, Place] = {}
+        for shard in flushed.stored:
+            own_file = where.file(shard.rank)
+            for span in shard.layout.spans[:-1]:
+                file, begin, end = shard.places.get(span.name) or (None, span.begin, span.end)
+                if file is not None and file not in sizes and known is not None:
+                    sizes[file] = known.file_bytes[file]
+                content = flushed.contents.get(Entry(shard.rank, span.name))
+                if content is not None and content not in contents:
+                    contents[content] = Place(file or own_file, begin, end)
+        with self._lock:
+            self._files[where.checkpoint] = frozenset(sizes)
+            self._earlier = _Earlier(where.checkpoint, sizes, contents)
+            self._history = NO_HISTORY if known is None else history_of(flushed.contents, known.earlier)
+
+    # --- prune --------------------------------------------------------------------------------------------------
+
+    def prune(self, ids: Sequence[CheckpointId], kept: Collection[CheckpointId]) -> CkptdError | None:
+        """Remove checkpoints, and every file that no remaining one needs; return what went wrong, if anything.
+
+        What remains is what is committed on the tier and not in `ids`, and `kept`. When the manifest of any of it
+        can't be read, nothing is removed, since it may name any file. Neither is anything removed when somebody has
+        claimed a newer generation, whose checkpoints may refer to anything: that is a `FencedError`. A checkpoint
+        that can't be removed does not keep the others.
+
+        Files of checkpoints that were never committed, older than the newest that is, go too.
+        """
+        removed = frozenset(ids)
+        if not removed:
+            return None
+        with self._lock:
+            self._pruning |= removed
+            if self._earlier is not None and self._earlier.id in removed:
+                self._earlier = None
+            self._generation = max([self._generation, *(checkpoint.generation for checkpoint in (*ids, *kept))])
+        try:
+            return self._prune(removed, kept)
+        except CkptdError as error:
+            return error
+        finally:
+            with self._lock:
+                self._pruning -= removed
+
+    def _prune(self, removed: frozenset[CheckpointId], kept: Collection[CheckpointId]) -> CkptdError | None:
+        with self._lock:
+            known_before = set(self._files)
+        listed = catalog.listing(self.tier, self._job)
+        newest = max(listed.generations, default=0)
+        if newest > self._generation:
+            raise FencedError(
+                f"generation {newest} of job {self._job} is claimed on {self.tier.url}, this is {self._generation}",
+                hint="another agent runs the job: what it needs is not known here, so nothing is pruned",
+            )
+        remaining = (listed.committed | frozenset(kept)) - removed
+        with self._lock:
+            for gone in known_before - listed.committed:
+                self._files.pop(gone, None)
+        for checkpoint in sorted(remaining):
+            self._note_files(checkpoint)
+        failures: list[CkptdError] = []
+        for checkpoint in sorted(removed):
+            try:
+                self.tier.delete(keys.manifest_key(self._job, checkpoint))
+            except CkptdError as error:
+                failures.append(error)
+                self._note_files(checkpoint)
+            else:
+                with self._lock:
+                    self._files.pop(checkpoint, None)
+        newest_committed = max(remaining | removed)
+        for file, checkpoint in listed.files.items():
+            is_left_over = checkpoint < newest_committed and checkpoint not in listed.committed
+            if checkpoint in removed or is_left_over:
+                failures += self._delete_unless_needed(file, checkpoint)
+        return failures[-1] if failures else None
+
+    def _note_files(self, checkpoint: CheckpointId) -> None:
+        """Read what a checkpoint needs, unless it is known; one that is not there needs nothing."""
+        with self._lock:
+            if checkpoint in self._files:
+                return
+        with contextlib.suppress(NotFoundError):
+            self._load(checkpoint)
+
+    def _delete_unless_needed(self, file: str, checkpoint: CheckpointId) -> list[CkptdError]:
+        with self._lock:  # held for the delete, so that no flush begins to need the file meanwhile
+            if (
+                checkpoint == self._in_flight
+                or file in self._needed
+                or any(file in needed for needed in self._files.values())
+            ):
+                return []
+            try:
+                self.tier.delete(f"{self._job}/{file}")
+            except CkptdError as error:
+                return [error]
+            return []

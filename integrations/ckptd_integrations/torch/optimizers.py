@@ -1,0 +1,147 @@
+"""Optimizers: what has to be the same as before, what new state has to be like, and loading without a second copy.
+
+A fresh optimizer has no state yet. What the captured run had for a parameter is made anew, on the parameter's device
+and, where the parameter is a DTensor, shared out among the ranks as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ckptd.errors import StateError
+from ckptd_integrations.torch.local_boxes import is_dtensor
+from ckptd_integrations.torch.nodes import MappingNode, Node, ObjectNode, SequenceNode, plain
+from ckptd_integrations.torch.sources import CheckpointTensors
+
+_COUNTER = "step"
+"""The state that torch keeps where it likes, whatever its parameter is."""
+_IN_OPTIMIZER = "in the optimizer"
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterState:
+    """One tensor of an optimizer's state: of which parameter, and what the optimizer has there already."""
+
+    parameter: Tensor
+    key: str
+    present: Any
+
+    def make(self, tensors: CheckpointTensors, name: str, path: str) -> Tensor:
+        """Return the tensor that will hold what was captured under `name`: the present one where it fits, or a new one.
+
+        Raises `StateError` for one whose ranks' parts can't be known from the parameter.
+        """
+        if isinstance(self.present, Tensor) and tensors.fits(name, self.present):
+            tensors.fill(name, self.present, path, _IN_OPTIMIZER)
+            return self.present
+        if self.key == _COUNTER:
+            return tensors.make(name)
+        if not is_dtensor(self.parameter):
+            return tensors.make(name, device=self.parameter.device)
+        if tensors.has_shape_of(name, self.parameter):
+            return tensors.make(name, self.parameter)
+        if tensors.is_cut(name):
+            raise StateError(
+                f"tensor {path!r} of shape {list(tensors.shape(name))} is shared out among the ranks in the checkpoint,"
+                f" and its parameter of shape {list(self.parameter.shape)} does not say how",
+                hint="let the optimizer make one step before it is attached, so that its state exists",
+            )
+        return tensors.make(name, device=self.parameter.to_local().device)
+
+
+def state_like(node: ObjectNode, optimizer: Optimizer) -> Mapping[str, Any]:
+    """Return what the tensors of a captured optimizer's state have to be like, in the form of its `state_dict()`."""
+    content = node.content
+    captured = content.find("state") if isinstance(content, MappingNode) else None
+    if not isinstance(content, MappingNode) or not isinstance(captured, MappingNode):
+        return {}
+    parameters = dict(_parameters(content.find("param_groups"), optimizer))
+    state = {}
+    for index, item in captured.items:
+        parameter = parameters.get(index)
+        if isinstance(item, MappingNode) and parameter is not None:
+            present = optimizer.state.get(parameter, {})
+            state[index] = {key: ParameterState(parameter, key, present.get(key)) for key, _ in item.items}
+    return {"state": state}
+
+
+def _parameters(groups: Node | None, optimizer: Optimizer) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the optimizer's parameters with the numbers that the captured state has for them."""
+    if not isinstance(groups, SequenceNode):
+        return
+    for group, own in zip(groups.items, optimizer.param_groups, strict=False):
+        numbers = group.find("params") if isinstance(group, MappingNode) else None
+        if numbers is not None:
+            yield from zip(plain(numbers), own["params"], strict=False)
+
+
+def check_groups(node: ObjectNode, optimizer: Optimizer, path: str) -> None:
+    """Raise `StateError` unless an optimizer has groups of parameters of the shapes that were captured."""
+    captured = node.shapes or []
+    own = [[tuple(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
+    if [len(group) for group in captured] != [len(group) for group in own]:
+        raise StateError(
+            f"optimizer {path!r} has parameter groups of {[len(group) for group in captured]} parameters in the"
+            f" checkpoint and of {[len(group) for group in own]} now",
+            hint="bind what the captured run bound, or start a new job",
+        )
+    for number, (before, now) in enumerate(zip(captured, own, strict=True)):
+        for index, (shape, own_shape) in enumerate(zip(before, now, strict=True)):
+            if shape != own_shape:
+                raise StateError(
+                    f"parameter {index} in group {number} of optimizer {path!r} is {list(shape)} in the checkpoint"
+                    f" and {list(own_shape)} now",
+                    hint="give the optimizer its parameters in the order of the captured run",
+                )
+
+
+class _Numbers(list[Any]):
+    """A list that knows its members: torch looks for the parameter of every tensor in it, which is quadratic."""
+
+    def __init__(self, numbers: Iterable[Any] = ()) -> None:
+        super().__init__(numbers)
+        self._members = frozenset(self)
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._members
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Have an optimizer load `state`, whose tensors become its own.
+
+    torch keeps the tensors themselves when they have the dtype and device of their parameter. Two things that it
+    changes are put right: wider state keeps its dtype, and a learning rate that is a tensor stays the same tensor.
+    """
+    old_groups = [dict(group) for group in optimizer.param_groups]
+    for group in state.get("param_groups", ()):
+        if type(group.get("params")) is list:
+            group["params"] = _Numbers(group["params"])
+    optimizer.load_state_dict(state)
+    _keep_precision(optimizer, state)
+    for old, new in zip(old_groups, optimizer.param_groups, strict=True):
+        for key, value in new.items():
+            before = old.get(key)
+            if isinstance(value, Tensor) and isinstance(before, Tensor) and before.shape == value.shape:
+                # It may be part of a captured CUDA graph, or lie on another device.
+                before.copy_(value)
+                new[key] = before
+
+
+def _keep_precision(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    # `Optimizer.load_state_dict` converts floating-point state to its parameter's dtype. An optimizer that keeps
+    # float32 moments of bfloat16 parameters would go on with other numbers than it had.
+    captured, groups = state.get("state"), state.get("param_groups")
+    if not isinstance(captured, dict) or not isinstance(groups, list):
+        return
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        for index, parameter in zip(group["params"], own["params"], strict=True):
+            live = optimizer.state.get(parameter, {})
+            for key, value in captured.get(index, {}).items():
+                loaded = live.get(key)
+                if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                    live[key] = value.to(loaded.device)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ckptd.client.framework import Binding, PendingImage, PreparedImage
 from ckptd.client.guard import as_ckptd_error, say
-from ckptd.client.overlap import NEVER_NS, FreeTime, OverlapChooser
+from ckptd.client.overlap import NEVER_NS, OverlapChooser, UsualTime
 from ckptd.client.session import LentSlot, Session
 from ckptd.errors import AgentError, CkptdError, StateError
 from ckptd.protocol import messages as m
@@ -59,39 +59,43 @@ class Capturing:
         self._binding = binding
         self._chooser = chooser
         self._values = values
-        self._free_time = FreeTime()
+        self._usual_time = UsualTime()
         self._pending: _Pending | None = None
+        self._steps_beside = 0
+        """Steps that are over since the pending image was begun."""
         self._settling = threading.RLock()
         self._last_seal: m.Seal | None = None
 
     @property
     def waiting(self) -> bool:
         """Whether the next boundary or optimizer's step matters, whichever comes first."""
-        return self._pending is not None or self._free_time.open
+        return self._pending is not None or self._usual_time.open
 
     @property
     def due_ns(self) -> int:
         """From when on `boundary` has to be called at a boundary."""
         if self._pending is not None:
             return 0
-        return self._free_time.due_ns if self._chooser.measures else NEVER_NS
+        return self._usual_time.due_ns if self._chooser.measures else NEVER_NS
 
     def boundary(self, now_ns: int) -> bool:
         """Do what is due at the boundary between two steps, before anything else is done there.
 
         Returns whether an image was settled, as `before_optimizer_step` and `settle` do.
         """
-        if self._chooser.measures:
-            settled = self.settle()
-            self._free_time.boundary(now_ns)
-            return settled
-        # What is not complete goes on: who would change anything has to wait for it.
-        return self._pending is not None and self._pending.copy.done and self.settle()
+        pending = self._pending
+        if pending is None:
+            if self._chooser.measures:
+                self._usual_time.boundary(now_ns)
+            return False
+        self._steps_beside += 1
+        # What is not complete goes on: who would change it has to wait.
+        return pending.copy.done and self.settle()
 
     def before_optimizer_step(self) -> bool:
         """Do what is due before an optimizer changes anything; may come from any thread that steps one."""
-        self._free_time.optimizer_step(monotonic_ns())
-        return self.settle()
+        self._usual_time.optimizer_step(monotonic_ns())
+        return self.settle(in_step=True)
 
     # --- one capture ------------------------------------------------------------------------------------------
 
@@ -102,12 +106,13 @@ class Capturing:
             self.settle()
             with self._stalled():
                 target = self._target(step, patience_s=0.0)
-                self._free_time.captured(target.begin_ns)
+                self._usual_time.captured(target.begin_ns)
                 if overlapped:
                     # They are read when the image is sealed: on a device, reading one waits for it.
                     target = target._replace(values={name: _copied(value) for name, value in self._values.items()})
                     copy = target.image.begin(target.view)
                     if copy is not None:
+                        self._steps_beside = 0
                         self._pending = _Pending(target, copy, monotonic_ns() - target.begin_ns)
                         return
                 else:
@@ -116,15 +121,17 @@ class Capturing:
         if self._chooser.measures:
             end_ns = monotonic_ns()
             self._chooser.record(overlapped=overlapped, cost_s=(end_ns - target.begin_ns) / 1e9)
-            self._free_time.boundary(end_ns)
+            self._usual_time.boundary(end_ns)
 
     def missed(self, step: int, at_step: int) -> None:
         """Tell the agent that an announced step was seen too late."""
         self._chooser.choose()  # other ranks try a way at this step
         self._session.tell(m.Missed(step, at_step))
 
-    def settle(self) -> bool:
+    def settle(self, *, in_step: bool = False) -> bool:
         """Wait until a pending image is complete, and seal it; without one, do nothing and return False.
+
+        `in_step` tells that an optimizer is about to step, not that a step is over.
 
         An image whose tensors were changed under the copy is void: the agent learns of it, and captures are copied at
         the boundary from then on. That is no fault. Any other error is one, and has the same consequence.
@@ -136,10 +143,10 @@ class Capturing:
             if pending is None:
                 return False
             with self._stalled():
-                self._settle(pending)
+                self._settle(pending, in_step=in_step)
         return True
 
-    def _settle(self, pending: _Pending) -> None:
+    def _settle(self, pending: _Pending, *, in_step: bool) -> None:
         begin_ns, target = monotonic_ns(), pending.target
         try:
             pending.copy.finish()
@@ -156,7 +163,7 @@ class Capturing:
         self._pending = None
         with self._telling(target.step):
             self._seal(target, waits_since_ns=begin_ns - pending.stall_ns)
-        usual_ns = self._free_time.usual_ns
+        usual_ns = self._usual_time.usual_ns(self._steps_beside, until_optimizer=in_step)
         if self._chooser.measures and usual_ns is not None:
             self._chooser.record(overlapped=True, cost_s=(monotonic_ns() - target.begin_ns - usual_ns) / 1e9)
 

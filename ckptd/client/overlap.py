@@ -6,8 +6,9 @@ at the other now and then. Pure: times come in as arguments.
 
 What a capture costs is by how much later than without it training comes to the point where the image is complete. For
 a copy at the boundary that is the stall itself. A copy beside training is complete, at the latest, where an optimizer
-is about to step; so it costs the time from the boundary until there, less what that part of a step usually takes. From
-this point on both ways are alike: the same image is sealed, and its flush begins. So the flush is in neither cost.
+is about to change what is copied, mostly in the same step; so it costs the time from the boundary until there, less
+what those steps, and that part of a step, usually take. From this point on both ways are alike: the same image is
+sealed, and its flush begins. So the flush is in neither cost.
 """
 
 from __future__ import annotations
@@ -95,15 +96,17 @@ class OverlapChooser:
         self._fixed = False
 
 
-class FreeTime:
-    """How long a step leaves alone what optimizers own: from its boundary until an optimizer steps, or its end.
+class UsualTime:
+    """How long a step usually takes, and how long of it, until an optimizer steps, it leaves alone what those own.
 
     Only a few steps between two captures are looked at, about halfway: not beside a flush if that can be helped, and
     so that other steps cost nothing.
     """
 
     def __init__(self) -> None:
+        self._steps_ns: deque[int] = deque(maxlen=_SPANS)
         self._spans_ns: deque[int] = deque(maxlen=_SPANS)
+        self._step_began_ns: int | None = None
         self._begin_ns: int | None = None
         self._sample_ns = 0
         self._left = _SPANS_AT_ONCE
@@ -112,7 +115,7 @@ class FreeTime:
     @property
     def open(self) -> bool:
         """Whether the time of the present step is being taken."""
-        return self._begin_ns is not None
+        return self._step_began_ns is not None
 
     @property
     def due_ns(self) -> int:
@@ -120,17 +123,26 @@ class FreeTime:
         return 0 if self.open else self._sample_ns
 
     @property
-    def usual_ns(self) -> int | None:
-        """How long it usually is; None while that isn't known."""
-        return None if len(self._spans_ns) < _SPANS_AT_ONCE else _median(self._spans_ns)
+    def known(self) -> bool:
+        """Whether enough steps were looked at."""
+        return len(self._steps_ns) >= _SPANS_AT_ONCE
+
+    def usual_ns(self, steps: int, *, until_optimizer: bool) -> int | None:
+        """Return how long some steps take, with the next until its optimizer steps; None while that isn't known."""
+        if not self.known:
+            return None
+        return steps * _median(self._steps_ns) + (_median(self._spans_ns) if until_optimizer else 0)
 
     def boundary(self, now_ns: int) -> None:
         """Note that a step is over and the next begins."""
         self.optimizer_step(now_ns)
+        if self._step_began_ns is not None:
+            self._steps_ns.append(now_ns - self._step_began_ns)
+            self._step_began_ns = None
         if self._captured_ns is None:
             self._captured_ns = now_ns  # the first interval is as long as the others
         if now_ns >= self._sample_ns:
-            self._begin_ns = now_ns
+            self._begin_ns = self._step_began_ns = now_ns
 
     def optimizer_step(self, now_ns: int) -> None:
         """Note that an optimizer is about to step."""
@@ -144,10 +156,10 @@ class FreeTime:
 
     def captured(self, now_ns: int) -> None:
         """Note that a capture begins at this boundary, so that the step that begins with it is none like others."""
-        self._begin_ns = None
+        self._begin_ns = self._step_began_ns = None
         interval_ns = 0 if self._captured_ns is None else now_ns - self._captured_ns
         self._captured_ns = now_ns
-        self._sample_ns = 0 if self.usual_ns is None else now_ns + interval_ns // 2
+        self._sample_ns = 0 if not self.known else now_ns + interval_ns // 2
         self._left = _SPANS_AT_ONCE
 
 

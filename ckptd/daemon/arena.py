@@ -103,6 +103,7 @@ class Arena:
         self._slots_per_rank = slots_per_rank
         self._slots: dict[int, dict[int, Slot]] = {}
         self._lock = threading.Lock()
+        self._reserving: dict[int, threading.Lock] = {}
         self._closed = False
 
     def slots(self, rank: int) -> Mapping[int, Slot]:
@@ -115,6 +116,12 @@ class Arena:
         Slots in `held` keep what they hold and are lent again if large enough; too small ones that hold nothing are
         given back first. Slow (the kernel clears the pages), so it runs in a thread; raises `MemoryBudgetError`.
         """
+        with self._lock:
+            turn = self._reserving.setdefault(rank, threading.Lock())
+        with turn:  # else two who ask at once would each add what is missing
+            return self._reserve(rank, size_bytes, held)
+
+    def _reserve(self, rank: int, size_bytes: int, held: Collection[int]) -> list[int]:
         with self._lock:
             mine = self._slots.setdefault(rank, {})
             for number, slot in list(mine.items()):

@@ -22,6 +22,8 @@ from ckptd.storage import keys, manifest
 from ckptd.types import CheckpointId
 
 _CLAIM_TRIES = 100
+_HEADER_ENTRY_BYTES = 256
+"""Of an image's header, for a tensor; the room that slots have to grow covers what it is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class _Checked:
     document: bytes
     files: frozenset[str]
     world_size: int
+    shard_bytes: Mapping[int, int]
+    """About how large an image each of its ranks captured."""
 
 
 class Checkpoints:
@@ -46,6 +50,7 @@ class Checkpoints:
         """Of snapshots in memory that have been flushed: with digests."""
         self._checked: _Checked | None = None
         self._offered: tuple[int, asyncio.Future[Offer]] | None = None
+        self._reserving: asyncio.Future[None] | None = None
 
     async def read(self) -> e.Input:
         """Look what the tier holds; raises what the tier raises."""
@@ -60,13 +65,24 @@ class Checkpoints:
                 return e.Claimed(number)
         raise FencedError(f"somebody else claims every generation of job {self._job}", hint="stop the other one")
 
-    async def check(self, source: Source) -> e.Input:
-        """See whether a checkpoint on the tier can be offered."""
+    async def check(self, source: Source, world_size: int) -> e.Input:
+        """See whether a checkpoint on the tier can be offered to a generation of `world_size` ranks."""
         try:
             self._checked = await asyncio.to_thread(_check, self.store, source)
         except CkptdError as error:
             return e.FetchFailed(source, error)
+        if self._checked.world_size == world_size:
+            self._reserving = asyncio.ensure_future(asyncio.to_thread(self._reserve_ahead, self._checked.shard_bytes))
         return e.Fetched(source, self._checked.world_size)
+
+    def _reserve_ahead(self, shard_bytes: Mapping[int, int]) -> None:
+        """Have the slots that ranks will ask for cleared while they import torch: that takes a second per 2 GB."""
+        for rank, size_bytes in shard_bytes.items():
+            if not self._arena.slots(rank):
+                try:
+                    self._arena.reserve(rank, size_bytes, ())
+                except CkptdError:
+                    return  # whoever asks for them will be told why
 
     async def flush(self, order: e.Flush, alive: Collection[CheckpointId]) -> e.Input:
         """Make a snapshot durable. Of those in `alive`, the ones in memory, manifests are kept to be offered."""
@@ -164,7 +180,15 @@ class Checkpoints:
 def _check(store: JobStore, source: Source) -> _Checked:
     document = store.check_offer(source.id)
     read = manifest.parse(document, str(source))
-    return _Checked(source, document, read.files, read.world_size)
+    return _Checked(source, document, read.files, read.world_size, _shard_bytes(read))
+
+
+def _shard_bytes(read: manifest.Manifest) -> dict[int, int]:
+    sizes = dict.fromkeys(range(read.world_size), 0)
+    for tensor in read.tensors.values():
+        for chunk in tensor.chunks:
+            sizes[chunk.shard] += chunk.end - chunk.begin + _HEADER_ENTRY_BYTES
+    return sizes
 
 
 def _close_result(opening: asyncio.Future[list[int]]) -> None:

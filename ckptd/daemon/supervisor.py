@@ -198,7 +198,7 @@ class Supervisor:
             case e.Claim():
                 self._spawn_task(self._answer(self._checkpoints.claim(effect)))
             case e.Fetch():
-                self._spawn_task(self._answer(self._checkpoints.check(effect.source)))
+                self._spawn_task(self._answer(self._checkpoints.check(effect.source, self.config.nproc)))
             case e.Prune():
                 self._spawn_task(self._prune(effect))
             case e.End():

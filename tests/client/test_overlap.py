@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptd.client.overlap import TRIALS, FreeTime, OverlapChooser
+from ckptd.client.overlap import TRIALS, OverlapChooser, UsualTime
 
 ENOUGH = 100
 """Captures within which any past is forgotten."""
@@ -156,54 +156,58 @@ def test_the_usual_time_is_that_of_a_quiet_step(
 
     Steps of a millisecond or of ten seconds; between captures few of them are looked at.
     """
-    free_time, now_s, at = FreeTime(), 1000.0, iter(noise * 1000)
+    usual, now_s, at = UsualTime(), 1000.0, iter(noise * 1000)
     interval = max(8, min(int(5.0 / step_s), 60))
     looked = 0
     for step in range(interval * 5):
         phase = step % interval
         capturing = phase == 0 and step > 0
-        if second(now_s) >= free_time.due_ns:
-            free_time.boundary(second(now_s))
+        if second(now_s) >= usual.due_ns:
+            usual.boundary(second(now_s))
         if capturing:
-            free_time.captured(second(now_s))
+            usual.captured(second(now_s))
             now_s += step_s / 2
-        looked += free_time.open
+        looked += usual.open
         pace = next(at) * (slower if step >= interval and phase + 0.5 < flush * interval else 1.0)
         now_s += step_s * (1 - optimizer) * pace
-        if optimizer and free_time.open:
-            free_time.optimizer_step(second(now_s))
+        if optimizer and usual.open:
+            usual.optimizer_step(second(now_s))
         now_s += step_s * optimizer * pace
-    usual_ns = free_time.usual_ns
-    assert usual_ns is not None
-    assert 0.79 * step_s * (1 - optimizer) <= usual_ns / 1e9 <= 1.26 * step_s * (1 - optimizer)
+    until_ns = usual.usual_ns(0, until_optimizer=True)
+    steps_ns = usual.usual_ns(4, until_optimizer=False)
+    assert until_ns is not None
+    assert steps_ns is not None
+    assert 0.79 * step_s * (1 - optimizer) <= until_ns / 1e9 <= 1.26 * step_s * (1 - optimizer)
+    assert 0.79 * step_s * 4 <= steps_ns / 1e9 <= 1.26 * step_s * 4
     assert looked <= 3 * 5 + 5
 
 
 def test_the_usual_time_is_not_known_at_first() -> None:
     """A figure is given once there are three, and not before."""
-    free_time = FreeTime()
+    usual = UsualTime()
     for number in range(4):
-        assert free_time.usual_ns is None
-        free_time.boundary(second(number))
-    assert free_time.usual_ns == second(1)
+        assert usual.usual_ns(1, until_optimizer=False) is None
+        usual.boundary(second(number))
+    assert usual.usual_ns(2, until_optimizer=True) == second(3)
 
 
 def test_a_step_that_captures_is_no_usual_one() -> None:
     """The time of a step that begins with a capture is not taken."""
-    free_time = FreeTime()
+    usual = UsualTime()
     for number in range(3):
-        free_time.boundary(second(number))
-        free_time.captured(second(number))
-        free_time.optimizer_step(second(number + 0.5))
-    assert free_time.usual_ns is None
+        usual.boundary(second(number))
+        usual.captured(second(number))
+        usual.optimizer_step(second(number + 0.5))
+    assert usual.usual_ns(1, until_optimizer=False) is None
 
 
 def test_the_first_of_several_optimizers_ends_the_time() -> None:
     """With several optimizers, or several steps of one, the first that steps after the boundary counts."""
-    free_time = FreeTime()
-    for number in range(3):
-        free_time.boundary(second(number))
+    usual = UsualTime()
+    for number in range(4):
+        usual.boundary(second(number))
         for part in (0.25, 0.5, 0.75):
-            free_time.optimizer_step(second(number + part))
-    assert free_time.usual_ns == second(0.25)
-    assert not free_time.open
+            usual.optimizer_step(second(number + part))
+    assert usual.usual_ns(0, until_optimizer=True) == second(0.25)
+    assert usual.usual_ns(1, until_optimizer=True) == second(1.25)
+    assert not usual.open

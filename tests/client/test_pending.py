@@ -146,18 +146,6 @@ def test_plain_values_are_those_of_the_boundary(agent: FakeAgent, begin: Begin) 
     assert seal.values == {"loss": 0.5, "lr": 1.0}
 
 
-def test_where_costs_are_measured_a_boundary_waits(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With "auto" on a CPU the boundary ends a copy as an optimizer would, so that its cost is that of one step."""
-    run = ckptd.attach(data=bytearray(b"step"), overlap="auto")
-    (binding,) = BOUND
-    binding.held = True
-    for _ in range(2):
-        announce(agent, run)
-    let_go(binding.copies[0])
-    run.step()
-    assert agent.wait_for(m.Seal, 2).step == 2
-
-
 def test_nothing_that_can_wait(agent: FakeAgent, begin: Begin) -> None:
     """State that could change at any time is complete at the boundary and sealed right there."""
     run, binding = begin(epoch=1)

@@ -110,7 +110,8 @@ class TorchImage:
         if routes.later.sizes:
             addresses = _addresses(routes.later, ctypes.addressof(anchor), self._table.pointers)
             copy = partial(copy_bytes, *addresses, routes.later.sizes)
-        pending = PendingCopy(watch, anchor, copy, copies)
+        indexes = {*routes.later.indexes, *routes.device_later.indexes}
+        pending = PendingCopy(watch, [self._table.tensors[index] for index in indexes], anchor, copy, copies)
         self._means.hook.follow(pending)
         return pending
 

@@ -2,7 +2,8 @@
 
 Parameters and an optimizer's state change in the optimizer's step and nowhere else. So their copy may run beside the
 next forward and backward, if the optimizer's step waits for it: a hook that torch runs before every optimizer's step
-does that. All else is copied at the boundary.
+does that, unless the step leaves alone what is being copied: another optimizer's, or of parameters without gradients.
+All else is copied at the boundary.
 
 The proof is torch's own: each in-place change raises a tensor's version counter, after the change. Versions are
 compared on the thread that steps, when every change that it made has been counted, and a snapshot whose tensors have
@@ -18,10 +19,11 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ckptd.errors import StateError
 from ckptd_integrations.torch.cuda import DeviceCopies
@@ -47,25 +49,42 @@ class Watch:
         self._pointers = list(map(Tensor.data_ptr, tensors))
         # A tensor whose `data` is replaced would take its memory along, while it is being read.
         self._storages = list(map(Tensor.untyped_storage, tensors))
+        self._excused: set[int] = set()
+
+    def excuse(self, storages: AbstractSet[int]) -> None:
+        """Let tensors in these storages change from now on: what is copied of them is there already."""
+        self._excused.update(i for i, storage in enumerate(self._storages) if storage.data_ptr() in storages)
 
     def changed(self) -> str | None:
-        """Return the name of a tensor that was changed since, or None."""
-        versions = list(map(_version, self._tensors))
-        if versions != self._versions:
-            changed = next(i for i, version in enumerate(versions) if version != self._versions[i])
-            return self._names[changed % len(self._names)]
-        pointers = list(map(Tensor.data_ptr, self._holders))
-        if pointers != self._pointers:
-            return self._names[next(i for i, pointer in enumerate(pointers) if pointer != self._pointers[i])]
+        """Return the name of a tensor that was changed since and was not excused, or None."""
+        for before, now in (
+            (self._versions, list(map(_version, self._tensors))),
+            (self._pointers, list(map(Tensor.data_ptr, self._holders))),
+        ):
+            if now != before:
+                changed = {i % len(self._names) for i, value in enumerate(now) if value != before[i]} - self._excused
+                if changed:
+                    return self._names[min(changed)]
         return None
 
 
 class PendingCopy:
     """A copy under way: the `PendingImage` of this integration. It refers to tensors and slot until `finish`."""
 
-    def __init__(self, watch: Watch, anchor: Any, copy: Callable[[], None] | None, device: DeviceCopies | None) -> None:
-        """Begin: `copy` runs in a thread, `device` is under way already, `anchor` keeps the slot mapped."""
+    def __init__(
+        self,
+        watch: Watch,
+        copied: Sequence[Tensor],
+        anchor: Any,
+        copy: Callable[[], None] | None,
+        device: DeviceCopies | None,
+    ) -> None:
+        """Begin: `copy` runs in a thread, `device` is under way already, `anchor` keeps the slot mapped.
+
+        `copied` are the tensors that they read.
+        """
         self._watch: Watch | None = watch
+        self._storages = frozenset(tensor.untyped_storage().data_ptr() for tensor in copied)
         self._anchor = anchor
         self._device = device
         self._changed: str | None = None
@@ -87,6 +106,14 @@ class PendingCopy:
         """Whether the bytes are there."""
         thread, device = self._thread, self._device
         return (thread is None or not thread.is_alive()) and (device is None or device.done)
+
+    def allows(self, changed: AbstractSet[int]) -> bool:
+        """Return whether a step that changes nothing but these storages may be taken before the copy is there."""
+        with self._lock:
+            if self._watch is None or not self._storages.isdisjoint(changed):
+                return False
+            self._watch.excuse(changed)
+            return True
 
     def order(self) -> bool:
         """Have the device do what comes now after the copy; returns whether that is enough for an optimizer to step.
@@ -139,10 +166,11 @@ class StepHook:
         self._steps_at_begin = 0
         this = weakref.ref(self)
 
-        def before_step(*_: object) -> None:
+        def before_step(optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             hook = this()
             if hook is not None:
-                hook._before_step()  # noqa: SLF001 - its own
+                closure = any(map(callable, (*arguments, *keywords.values())))
+                hook._before_step(optimizer, has_closure=closure)  # noqa: SLF001 - its own
 
         handle = register_optimizer_step_pre_hook(before_step)
         self.close = weakref.finalize(self, handle.remove)
@@ -159,11 +187,33 @@ class StepHook:
         return seen
 
     def follow(self, pending: PendingCopy) -> None:
-        """Order steps after `pending` from now on, if its device can do that."""
+        """Let only such steps pass `pending` as don't disturb it; others are ordered after it, or wait."""
         self._pending = pending
 
-    def _before_step(self) -> None:
+    def _before_step(self, optimizer: Optimizer, *, has_closure: bool) -> None:
         self._steps += 1
-        ordered = self._pending is not None and self._pending.order()
-        if self._wait is not None and not ordered:
+        pending = self._pending
+        passes = pending is not None and (
+            pending.allows(changed_storages(optimizer, has_closure=has_closure)) or pending.order()
+        )
+        if self._wait is not None and not passes:
             self._wait()
+
+
+def changed_storages(optimizer: Optimizer, *, has_closure: bool) -> set[int]:
+    """Return the addresses of all storages that an optimizer's step may change.
+
+    Those of torch leave parameters without a gradient alone, and what they keep for them; a closure may give them one.
+    """
+    skips = type(optimizer).__module__.startswith("torch.optim.") and not has_closure
+    found = set()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if skips and parameter.grad is None:
+                continue
+            kept = optimizer.state.get(parameter)
+            for item in (parameter, *(kept.values() if isinstance(kept, dict) else ())):
+                if isinstance(item, Tensor):
+                    local = getattr(item, "_local_tensor", item)  # of a DTensor
+                    found.add(local.untyped_storage().data_ptr())
+    return found

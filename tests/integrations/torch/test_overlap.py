@@ -332,17 +332,18 @@ def test_a_device_orders_steps_after_the_copy():
     """While a device copies, a step does not wait on the host, and what it changes does not make the image void; what
     was changed before does. When the copy is done, the step is a chance to finish it."""
     for early in (False, True):
-        tensor = torch.zeros(3)
+        tensor = nn.Parameter(torch.zeros(3))
+        tensor.grad = torch.ones(3)
         device, hook, waits = Device(), overlap.StepHook(), []
-        pending = overlap.PendingCopy(overlap.Watch(["w"], [tensor], [tensor]), None, None, device)
+        pending = overlap.PendingCopy(overlap.Watch(["w"], [tensor], [tensor]), [tensor], None, None, device)
         hook.follow(pending)
         hook.call(lambda seen=waits: seen.append(1))
+        optimizer = torch.optim.SGD([tensor], lr=0.1)
         if early:
-            tensor.add_(1)
-        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+            with torch.no_grad():
+                tensor.add_(1)
         for _ in range(2):
             optimizer.step()
-            tensor.add_(1)
         assert device.calls == ["order", "order"]
         assert not waits
         device.done = True

@@ -54,7 +54,7 @@ def _start(path: str) -> tuple[Channel, Welcome]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # a Ctrl-C for the training must not end it before the last flush
+            process_group=0,  # a Ctrl-C for the training must not end it before the last flush
         )
     end_s = time.monotonic() + _START_DEADLINE_S
     while time.monotonic() < end_s:

@@ -50,7 +50,9 @@ class LauncherProcess:
                     stdout=output,
                     stderr=output,
                     pass_fds=(theirs.fileno(),),
-                    start_new_session=True,  # Ctrl-C in the terminal is the agent's to handle
+                    # Ctrl-C in the terminal is the agent's to handle. No session of its own: where the kernel groups
+                    # tasks by session (autogroup), niceness counts within one, and flushes should yield to ranks.
+                    process_group=0,
                 )
         except OSError:
             ours.close()

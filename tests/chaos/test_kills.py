@@ -34,7 +34,8 @@ def lead_and_interval(world: World, job: str) -> int:
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
-def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
+@pytest.mark.parametrize("overlap", ["auto", "on"])
+def test_twenty_kills_at_random_moments(tmp_path: Path, overlap: str) -> None:
     """Twenty SIGKILLs at random moments: the run ends bit-identical, with at most an interval lost for each."""
     seed = int(os.environ.get("CKPTD_CHAOS_SEED", time.time_ns() % 10**6))
     print(f"CKPTD_CHAOS_SEED={seed}")
@@ -43,7 +44,8 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
     try:
         options = ("--name", "quiet")
         world.finish(world.run("train.py", STEPS, WIDTH, options=options))
-        run = world.run("train.py", STEPS, WIDTH, PAUSE, every=f"{EVERY_S}s", options=("--name", "killed"))
+        killed = ("--name", "killed", "--overlap", overlap)
+        run = world.run("train.py", STEPS, WIDTH, PAUSE, every=f"{EVERY_S}s", options=killed)
         world.until_training("killed", 1)
         kills, hits = 0, dict.fromkeys(MOMENTS, 0)
         while kills < KILLS:

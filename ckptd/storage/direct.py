@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from bisect import bisect_right
@@ -14,9 +15,11 @@ from ckptd.storage.image import BLOCK_BYTES, round_up
 
 IO_BYTES = 4 * 2**20
 """How much one request moves."""
-_WRITES_IN_FLIGHT = 2
-"""So that the disk has work while a thread fetches its next piece. More was no faster, for one file or for two at once,
-nor were requests of 8 MiB, or blocks that are allocated beforehand."""
+_WRITES_IN_FLIGHT = 8
+"""Two are enough for a disk of one's own. Beside a program that fills the disk's queue with buffered writes, 1 GiB in
+two files took 1.3 to 1.8 s with two and 1.0 s with eight; requests of 16 MiB gained nothing."""
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class AlignedBuffer:
@@ -90,6 +93,7 @@ def write(descriptor: int, parts: Sequence[memoryview], pace: Callable[[int], No
     ends = list(accumulate(len(part) for part in parts))
     size_bytes = ends[-1]
     addresses = [address_of(part) for part in parts]
+    _allocate(descriptor, round_up(size_bytes))
 
     def prepare() -> Callable[[int], None]:
         bounce: AlignedBuffer | None = None
@@ -118,6 +122,21 @@ def write(descriptor: int, parts: Sequence[memoryview], pace: Callable[[int], No
     flight.run(range(0, size_bytes, IO_BYTES), prepare, _WRITES_IN_FLIGHT)
     if size_bytes % BLOCK_BYTES:
         os.ftruncate(descriptor, size_bytes)
+
+
+def _allocate(descriptor: int, size_bytes: int) -> None:
+    """Have all blocks of a new file allocated at once, where the filesystem can do that; a full disk shows here.
+
+    Without it every write makes the file longer, which ext4 does one at a time, each after its turn in the journal:
+    beside a program that writes buffered files that took three times as long (3.0 s instead of 1.0 s for 1 GiB).
+    `os.posix_fallocate` is not used, since it imitates what a filesystem can't do by writing.
+    """
+    while _libc.fallocate(descriptor, 0, 0, size_bytes) != 0:
+        number = ctypes.get_errno()
+        if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:

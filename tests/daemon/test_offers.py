@@ -288,6 +288,23 @@ def test_slots_that_hold_no_image_are_damage(node: Node, agent: AgentThread, mon
     assert node.puppet().attach(SIZE) == [3, newest.step, "local"]
 
 
+def test_slots_are_there_before_ranks_ask(node: Node, start_agent: Callable[..., AgentThread]) -> None:
+    """Of a checkpoint on the disk the agent knows how large slots will have to be, and clears them ahead, once."""
+    first = start_agent()
+    puppets = start(node, 1)
+    train(puppets, first.committed, "a commit")
+    puppets[0].kill()
+    first.close()
+    second = start_agent()
+    speaker = Speaker(node)
+    assert isinstance(speaker.join(), m.Admitted)
+    until(lambda: len(second.job()._arena.slots(0)) == 2, "slots for who has not asked")
+    lent = speaker.ask(m.Reserve(SIZE))
+    assert isinstance(lent, m.Lent)
+    assert len(lent.slots) == len(second.job()._arena.slots(0)) == 2
+    speaker.close()
+
+
 # --- world sizes --------------------------------------------------------------------------------------------------
 
 

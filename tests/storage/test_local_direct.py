@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import threading
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptd.errors import DamagedError, StoreError
+from ckptd.storage import direct
 from ckptd.storage.direct import IO_BYTES, address_of
 from ckptd.storage.local import LocalTier
 from tests.storage.files import aligned, files_below, pattern
@@ -215,3 +217,35 @@ def test_a_truncated_file_is_damage_for_direct_reads_too(tier: LocalTier) -> Non
     os.truncate(tier.root / "job/image", DIRECT_BYTES + 5000)
     with pytest.raises(DamagedError, match=f"ends at byte {DIRECT_BYTES + 5000}"):
         tier.read_into("job/image", 0, aligned(2 * DIRECT_BYTES))
+
+
+class NoAllocation:
+    """A C library on a filesystem that can't allocate blocks beforehand, such as NFS: no such filesystem is here."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def fallocate(self, *_: int) -> int:
+        ctypes.set_errno(self._number)
+        return -1
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS])
+def test_filesystems_that_allocate_nothing_beforehand(
+    tier: LocalTier, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Where blocks can't be allocated at once the file is written all the same."""
+    monkeypatch.setattr(direct, "_libc", NoAllocation(number))
+    tier.put("job/image", aligned(2 * DIRECT_BYTES))
+    assert tier.get("job/image") == aligned(2 * DIRECT_BYTES)
+
+
+def test_a_disk_without_room_is_found_before_anything_is_written(
+    tier: LocalTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lack of space ends a put before its first byte, names the file and leaves nothing."""
+    monkeypatch.setattr(direct, "_libc", NoAllocation(errno.ENOSPC))
+    monkeypatch.setattr(os, "pwrite", lambda *_: pytest.fail("written"))
+    with pytest.raises(StoreError, match="No space left"):
+        tier.put("job/image", aligned(2 * DIRECT_BYTES))
+    assert not files_below(tier.root)

@@ -150,11 +150,11 @@ def test_an_agent_that_can_not_start(node: Node) -> None:
 
 
 def test_an_agent_started_by_a_rank_is_not_its_burden(node: Node) -> None:
-    """The embedded agent has a session of its own: Ctrl-C in the rank's terminal does not reach it."""
+    """The embedded agent has a process group of its own: Ctrl-C in the rank's terminal does not reach it."""
     puppet = node.puppet()
     puppet.attach()
     (agent,) = node.agents()
-    assert os.getsid(agent.pid) == agent.pid != os.getsid(puppet.pid)
+    assert os.getpgid(agent.pid) == agent.pid != os.getpgid(puppet.pid)
     assert puppet.do("import warnings, gc; warnings.simplefilter('error'); gc.collect(); result = run.protected")
 
 

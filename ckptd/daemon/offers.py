@@ -7,6 +7,7 @@ nothing is brought anywhere first: they are lent what there is, to read only.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 
 from ckptd.core.restore import Source
@@ -16,7 +17,7 @@ from ckptd.errors import DamagedError, NotFoundError, StoreError
 _FILES_HINT = "raise the limit of open files"
 
 
-class Offer:
+class Offer(ABC):
     """A checkpoint or snapshot that is offered to one generation. Has to be closed."""
 
     def __init__(self, source: Source, document: bytes, files: Collection[str]) -> None:
@@ -46,8 +47,9 @@ class Offer:
             raise
         return opened
 
+    @abstractmethod
     def _open(self, file: str) -> int:
-        raise NotImplementedError
+        """Return a descriptor of a file of this offer."""
 
     def close(self) -> None:
         """Let go of everything; what ranks were lent stays theirs."""

@@ -18,7 +18,7 @@ from ckptd.storage.image import Layout, write_values
 from ckptd_integrations.torch.copying import copy_bytes
 from ckptd_integrations.torch.cuda import DeviceCopies, PageLocks
 from ckptd_integrations.torch.layouts import Columns, LayoutCache, Placed, Placement, Routes, joined
-from ckptd_integrations.torch.overlap import PendingCopy, StepHook, Watch
+from ckptd_integrations.torch.overlap import CopyThread, PendingCopy, StepHook, Watch
 from ckptd_integrations.torch.roles import Roles
 from ckptd_integrations.torch.tensors import DTYPES, TensorTable
 from ckptd_integrations.torch.tree import TREE_VERSION
@@ -48,6 +48,7 @@ class Means(NamedTuple):
     layouts: LayoutCache
     hook: StepHook
     locks: PageLocks
+    thread: CopyThread
 
 
 class TorchImage:
@@ -105,13 +106,14 @@ class TorchImage:
         # Training may have changed buffers, and on a device parameters too, when the witness is asked for.
         self._witness = Witness(self._step, self._table, self._placement.groups)
         copies = self._write_now(slot, routes, routes.now, routes.device_now, routes.device_later)
-        anchor = ctypes.c_char.from_buffer(slot)
+        indexes = {*routes.later.indexes, *routes.device_later.indexes}
+        copied = [self._table.tensors[index] for index in indexes]
         copy = None
         if routes.later.sizes:
+            anchor = ctypes.c_char.from_buffer(slot)
             addresses = _addresses(routes.later, ctypes.addressof(anchor), self._table.pointers)
-            copy = partial(copy_bytes, *addresses, routes.later.sizes)
-        indexes = {*routes.later.indexes, *routes.device_later.indexes}
-        pending = PendingCopy(watch, [self._table.tensors[index] for index in indexes], anchor, copy, copies)
+            copy = self._means.thread.begin(partial(_copy_kept, (anchor, watch), *addresses, routes.later.sizes))
+        pending = PendingCopy(watch, copied, copy, copies)
         self._means.hook.follow(pending)
         return pending
 
@@ -171,6 +173,15 @@ class TorchImage:
 
 
 _NOTHING = Columns([], [], [], [])
+
+
+def _copy_kept(
+    keeps: object,  # noqa: ARG001 - both sides of the copy, whatever becomes of whoever began it
+    destinations: Sequence[int],
+    sources: Sequence[int],
+    sizes: Sequence[int],
+) -> None:
+    copy_bytes(destinations, sources, sizes)
 
 
 def _addresses(columns: Columns, base: int, pointers: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -13,11 +13,11 @@ from ckptd_integrations.torch import restoring
 from ckptd_integrations.torch.capture import Means, TorchImage, pack_values
 from ckptd_integrations.torch.cuda import PageLocks
 from ckptd_integrations.torch.layouts import LayoutCache
-from ckptd_integrations.torch.overlap import StepHook
+from ckptd_integrations.torch.overlap import CopyThread, StepHook
 from ckptd_integrations.torch.rng import RNG_NAME, capture_rng
 from ckptd_integrations.torch.roles import RoleFinder
 from ckptd_integrations.torch.tensors import tabulate
-from ckptd_integrations.torch.tree import Harvest, Nested
+from ckptd_integrations.torch.tree import Harvest, Known
 
 _RESERVED = "__ckptd__"
 
@@ -45,8 +45,8 @@ class TorchBinding:
             if name not in self.state:
                 raise StateError(f"{name!r} is said to be replicated and is not attached", hint="use attached names")
         self._roles = RoleFinder(membership)
-        self._means = Means(LayoutCache(membership), StepHook(), PageLocks())
-        self._known: dict[str, Nested] = {}
+        self._means = Means(LayoutCache(membership), StepHook(), PageLocks(), CopyThread())
+        self._known = Known()
 
     @property
     def overlaps_by_default(self) -> bool:
@@ -104,6 +104,7 @@ class TorchBinding:
     def close(self) -> None:
         """Undo what binding has changed in torch, and unlock slots."""
         self._means.hook.close()
+        self._means.thread.close()
         self._means.locks.release()
         self._roles.close()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
+from operator import attrgetter, eq
 from typing import Any
 
 import torch
@@ -104,14 +105,24 @@ def _is_standard(kind: type, name: str) -> bool:
     return method is getattr(nn.Module, name) or method in _VERSIONED
 
 
-def parameter_shapes(value: Any, kind: str) -> list[list[tuple[int, ...]]] | None:
+Shapes = list[list[tuple[int, ...]]]
+_shape = attrgetter("shape")
+
+
+def parameter_shapes(optimizer: Any, known: Shapes | None) -> Shapes:
     """Return the shapes of an optimizer's parameters by group, so that a restore can compare them.
 
-    Its state alone does not say: some optimizers keep factors whose shapes are others.
+    Its state alone does not say: some optimizers keep factors whose shapes are others. It is `known`, what this has
+    returned before, if they are the same: to make them anew would set off the garbage collector.
     """
-    if kind != OPTIMIZER:
-        return None
-    return [[parameter.shape for parameter in group["params"]] for group in value.param_groups]
+    groups = [group["params"] for group in optimizer.param_groups]
+    if (
+        known is not None
+        and list(map(len, known)) == list(map(len, groups))
+        and all(all(map(eq, map(_shape, group), shapes)) for group, shapes in zip(groups, known, strict=True))
+    ):
+        return known
+    return [list(map(_shape, group)) for group in groups]
 
 
 def class_name(value: Any, kind: str) -> str:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from operator import not_
+from operator import attrgetter, not_
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -83,7 +83,7 @@ def tabulate(names: list[str], tensors: list[Tensor]) -> TensorTable:
     owners, tensors = tensors, list(tensors)
     dtensors = _open_dtensors(names, tensors)
     try:
-        dtypes = [tensor.dtype for tensor in tensors]
+        dtypes = list(map(attrgetter("dtype"), tensors))
         contiguous = list(map(Tensor.is_contiguous, tensors))
         pointers = list(map(Tensor.data_ptr, tensors))
     except RuntimeError:
@@ -184,16 +184,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_on_cpu, _is_nested = attrgetter("is_cpu"), attrgetter("is_nested")
+
+
 def _find_odd(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], contiguous: Sequence[bool]) -> list[int]:
     odd: set[int] = set()
     if not all(contiguous):
         odd.update(_where(map(not_, contiguous)))
-    on_cpu = [tensor.is_cpu for tensor in tensors]
-    if not all(on_cpu):
-        odd.update(_where(map(not_, on_cpu)))
-    nested = [tensor.is_nested for tensor in tensors]
-    if any(nested):
-        odd.update(_where(nested))
+    if not all(map(_on_cpu, tensors)):
+        odd.update(_where(map(not_, map(_on_cpu, tensors))))
+    if any(map(_is_nested, tensors)):
+        odd.update(_where(map(_is_nested, tensors)))
     if any(map(Tensor.is_neg, tensors)):
         odd.update(_where(map(Tensor.is_neg, tensors)))
     if any(dtype.is_complex for dtype in set(dtypes)):

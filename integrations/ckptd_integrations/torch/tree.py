@@ -23,6 +23,7 @@ import sys
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import chain
 from types import NoneType
@@ -78,12 +79,21 @@ class Nested(NamedTuple):
     names: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What goes from one capture to the next and spares those after the first some work, by path."""
+
+    nested: dict[str, Nested] = field(default_factory=dict)
+    shapes: dict[str, objects.Shapes] = field(default_factory=dict)
+    """Of optimizers' parameters."""
+
+
 class Harvest:
     """Collects one capture: turns objects into nodes and gathers the tensors they refer to, under unique names."""
 
-    def __init__(self, known: dict[str, Nested] | None = None) -> None:
-        """Begin a capture; `known` goes from one capture to the next and spares those after the first some work."""
-        self._known = {} if known is None else known
+    def __init__(self, known: Known | None = None) -> None:
+        """Begin a capture that makes use of what is `known`, and adds to it."""
+        self._known = Known() if known is None else known
         self.names: list[str] = []
         self.tensors: list[Tensor] = []
         self.optimizers: list[Stepping] = []
@@ -134,7 +144,7 @@ class Harvest:
         form = (list(map(type, value)), list(value), list(map(len, inner)), keys)
         tensors = list(chain.from_iterable(map(dict.values, inner)))
         is_flat = PLAIN_TYPES.issuperset(map(type, tensors)) and set(map(type, keys)) == {str}
-        known = self._known.get(path)
+        known = self._known.nested.get(path)
         if is_flat and known is not None and known.form == form and self._used.isdisjoint(known.names):
             self._used.update(known.names)
             self.names += known.names
@@ -143,7 +153,7 @@ class Harvest:
         begin = len(self.names)
         node = self._items(value, path, holds, depth)
         if is_flat and all(item[0] == "flat" for item in node[1][1::2]):
-            self._known[path] = Nested(form, node, self.names[begin:])
+            self._known.nested[path] = Nested(form, node, self.names[begin:])
         return node
 
     def _items(self, value: Mapping[Any, Any], path: str, holds: Holds, depth: int) -> Any:
@@ -235,9 +245,11 @@ class Harvest:
             node = self.encode(content, path, Holds.TENSORS, depth + 1)
         else:
             node = self.mapping(content, path, Holds.TENSORS, depth + 1)
+        shapes = None
         if kind == objects.OPTIMIZER:
             self.optimizers.append(Stepping(value, begin, len(self.tensors)))
-        return ("object", kind, objects.class_name(value, kind), node, objects.parameter_shapes(value, kind))
+            shapes = self._known.shapes[path] = objects.parameter_shapes(value, self._known.shapes.get(path))
+        return ("object", kind, objects.class_name(value, kind), node, shapes)
 
 
 def _pack(value: Iterable[Any]) -> tuple[str, str] | None:

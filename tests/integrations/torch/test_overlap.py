@@ -335,7 +335,7 @@ def test_a_device_orders_steps_after_the_copy():
         tensor = nn.Parameter(torch.zeros(3))
         tensor.grad = torch.ones(3)
         device, hook, waits = Device(), overlap.StepHook(), []
-        pending = overlap.PendingCopy(overlap.Watch(["w"], [tensor], [tensor]), [tensor], None, None, device)
+        pending = overlap.PendingCopy(overlap.Watch(["w"], [tensor], [tensor]), [tensor], None, device)
         hook.follow(pending)
         hook.call(lambda seen=waits: seen.append(1))
         optimizer = torch.optim.SGD([tensor], lr=0.1)

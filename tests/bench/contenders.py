@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,6 @@ class Contender:
         """Whether this rank knows that the whole checkpoint is durable."""
         return not self._due
 
-    def load(self) -> None:
-        """Bring the state back in place from the newest checkpoint."""
-        raise NotImplementedError
-
     def forget(self) -> None:
         """Remove the newest checkpoint, so that the disk does not fill."""
         dist.barrier()
@@ -84,6 +81,14 @@ class Contender:
         """Let go of everything."""
 
 
+class Loading(Contender, ABC):
+    """A way that also brings a checkpoint back into a rank that trains; ckptd restores new ranks, see `restore.py`."""
+
+    @abstractmethod
+    def load(self) -> None:
+        """Bring the state back in place from the newest checkpoint."""
+
+
 class Nothing(Contender):
     """No checkpoint at all, for 0.8 s: what the other figures would be if there were only noise."""
 
@@ -96,7 +101,7 @@ class Nothing(Contender):
         return not self._due and time.monotonic() > self._over_s
 
 
-class TorchSave(Contender):
+class TorchSave(Loading):
     """`torch.save` of each rank's state, fsynced and renamed."""
 
     background = False
@@ -122,7 +127,7 @@ class TorchSave(Contender):
             self.state[name].copy_(tensor)
 
 
-class Dcp(Contender):
+class Dcp(Loading):
     """`torch.distributed.checkpoint.save`, which fsyncs each file."""
 
     background = False

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.bench.contenders import Contender, Maker
+from tests.bench.contenders import Loading, Maker
 from tests.bench.workload import Training
 
 
-class Dlrover(Contender):
+class Dlrover(Loading):
     """DLRover's Flash Checkpoint: a copy to shared memory, written by an agent's thread. It fsyncs no tensor file."""
 
     def __init__(self, folder: Path, rank: int, training: Training) -> None:
@@ -46,7 +46,7 @@ class Dlrover(Contender):
             self.state[name].copy_(tensor)
 
 
-class Nvrx(Contender):
+class Nvrx(Loading):
     """nvidia-resiliency-ext's `TorchAsyncCheckpoint`: a copy, then `torch.save` in a process of its own."""
 
     def __init__(self, folder: Path, rank: int, training: Training) -> None:

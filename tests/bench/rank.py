@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests.bench import probes
 from tests.bench.background import Writer
-from tests.bench.contenders import CONTENDERS, Contender
+from tests.bench.contenders import CONTENDERS, Contender, Loading
 from tests.bench.measure import Step, cost
 from tests.bench.peers import PEERS
 from tests.bench.plan import Plan
@@ -161,6 +161,7 @@ def measure_memory(loop: Loop, before: probes.Memory) -> dict[str, float]:
 def measure_load(loop: Loop, *, cold: bool) -> dict[str, float]:
     """Load the newest checkpoint in place, after changing the state; proves that it is what was checkpointed."""
     contender, training = loop.contender, loop.training
+    assert isinstance(contender, Loading), f"{contender.name} does not load"
     wanted = training.fingerprint()
     training.change()
     if cold:

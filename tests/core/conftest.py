@@ -14,11 +14,25 @@ def job() -> Script:
 
 
 @pytest.fixture
-def training(job: Script) -> Script:
-    """The same job in generation 1; every rank has finished step 1, and a step takes a second."""
+def begun(job: Script) -> Script:
+    """The same job with generation 1 claimed, and no rank started."""
     job.begin()
     job.store()
-    job.up_to_training()
+    job.claimed(1)
+    return job
+
+
+@pytest.fixture
+def starting(begun: Script) -> Script:
+    """The same job with a process of every rank, none of which has joined."""
+    begun.spawned()
+    return begun
+
+
+@pytest.fixture
+def training(job: Script) -> Script:
+    """The same job in generation 1; every rank has finished step 1, and a step takes a second."""
+    job.begin_training()
     job.now_s += 1.0
     job.progress(2)
     return job

@@ -148,12 +148,26 @@ class Script:
         """Let every rank report its first step."""
         return [line for rank in self.ranks for line in self.feed(e.RankStepped(rank, step, self.now_s))]
 
-    def up_to_training(self, generation: int = 1, *, first_step: int = 1, restores: bool = False) -> None:
-        """Go from a claimed generation to one where every rank has finished a step."""
+    def begin_training(self) -> None:
+        """Begin on an empty store, and go on to where every rank has finished a step."""
+        self.begin()
+        self.store()
+        self.up_to_training()
+
+    def up_to_spawned(self, generation: int) -> None:
+        """Let a generation be ours, and go on to where every rank has a process."""
         self.claimed(generation)
         self.spawned()
+
+    def up_to_joined(self, generation: int) -> None:
+        """Let a generation be ours, and go on to where every rank has its place."""
+        self.up_to_spawned(generation)
         for rank in self.ranks:
             self.joined(rank)
+
+    def up_to_training(self, generation: int = 1, *, first_step: int = 1, restores: bool = False) -> None:
+        """Let a generation be ours, and go on to where every rank has finished a step."""
+        self.up_to_joined(generation)
         if restores:
             self.restored()
         self.stepped(first_step)

@@ -26,9 +26,7 @@ def test_a_stop_captures_first(captured):
 def test_a_stop_waits_for_one_checkpoint_only():
     """Proves that a disk which is slower than the interval does not keep a stopping job in training."""
     job = Script(every_s=1.0)
-    job.begin()
-    job.store()
-    job.up_to_training()
+    job.begin_training()
     job.now_s += 0.5
     job.progress(2)
     job.stop()
@@ -94,12 +92,9 @@ def test_ranks_that_finish_while_they_are_stopped_are_let_go(captured):
     assert captured.exited(1) == ["end stopped"]
 
 
-def test_a_stop_before_the_first_rank_does_not_wait_for_any(job):
+def test_a_stop_before_the_first_rank_does_not_wait_for_any(begun):
     """Proves that a job which is stopped while its launcher still imports ends at once."""
-    job.begin()
-    job.store()
-    job.claimed(1)
-    assert job.stop() == ["kill 9", "end stopped"]
+    assert begun.stop() == ["kill 9", "end stopped"]
 
 
 @pytest.mark.parametrize("answer", ["store", "fetched", "fetch_failed", "claimed"])
@@ -129,9 +124,7 @@ def test_a_job_can_be_stopped_before_it_has_begun(job):
 def test_the_end_waits_for_what_memory_holds():
     """Proves that a job which is given up still makes its newest snapshot durable."""
     job = Script(max_restarts=0)
-    job.begin()
-    job.store()
-    job.up_to_training()
+    job.begin_training()
     job.capture(10, 0)
     lines = job.all_die()
     assert job.state == "draining"
@@ -177,44 +170,32 @@ def test_a_hopeless_flush_is_not_blamed_on_an_old_exception(training):
 # --- setup -----------------------------------------------------------------------------------------------------------
 
 
-def test_no_rank_can_be_started(job):
+def test_no_rank_can_be_started(begun):
     """Proves that a command which can't be executed ends the job, though no rank will ever be seen to go."""
-    job.begin()
-    job.store()
-    job.claimed(1)
-    assert job.feed(e.SetupFailed(REFUSED)) == ["kill 9", f"end failed: ConfigError: {REFUSED.message}"]
-    assert job.feed(e.SetupFailed(REFUSED)) == []
+    assert begun.feed(e.SetupFailed(REFUSED)) == ["kill 9", f"end failed: ConfigError: {REFUSED.message}"]
+    assert begun.feed(e.SetupFailed(REFUSED)) == []
 
 
-def test_one_rank_can_not_be_started(job):
+def test_one_rank_can_not_be_started(begun):
     """Proves that a rank which exists is killed when another one can't be started."""
-    job.begin()
-    job.store()
-    job.claimed(1)
-    job.spawned_one(0)
-    assert job.feed(e.SetupFailed(REFUSED))[0] == "kill 9"
-    assert job.state == "failed"
+    begun.spawned_one(0)
+    assert begun.feed(e.SetupFailed(REFUSED))[0] == "kill 9"
+    assert begun.state == "failed"
 
 
-def test_a_rank_that_can_not_be_started_while_another_dies(job):
+def test_a_rank_that_can_not_be_started_while_another_dies(begun):
     """Proves that a job does not wait in fenced for a rank that never came to be."""
-    job.begin()
-    job.store()
-    job.claimed(1)
-    job.spawned_one(0)
-    job.die(0)
-    assert job.state == "fenced"
-    assert job.feed(e.SetupFailed(REFUSED))[-1] == f"end failed: ConfigError: {REFUSED.message}"
+    begun.spawned_one(0)
+    begun.die(0)
+    assert begun.state == "fenced"
+    assert begun.feed(e.SetupFailed(REFUSED))[-1] == f"end failed: ConfigError: {REFUSED.message}"
 
 
-def test_a_rank_that_can_not_be_started_during_a_stop(job):
+def test_a_rank_that_can_not_be_started_during_a_stop(begun):
     """Proves that a stop does not wait for a rank that never came to be, and stays a stop."""
-    job.begin()
-    job.store()
-    job.claimed(1)
-    job.spawned_one(0)
-    assert job.stop() == ["kill 15"]
-    assert job.feed(e.SetupFailed(REFUSED)) == ["kill 9", "end stopped"]
+    begun.spawned_one(0)
+    assert begun.stop() == ["kill 15"]
+    assert begun.feed(e.SetupFailed(REFUSED)) == ["kill 9", "end stopped"]
 
 
 def test_memory_that_runs_out_ends_a_running_job_with_its_reason(captured):
@@ -224,13 +205,10 @@ def test_memory_that_runs_out_ends_a_running_job_with_its_reason(captured):
     assert captured.committed("g1/s20")[-1] == "end failed: MemoryBudgetError: slots need 4 GiB"
 
 
-def test_a_launcher_that_fails_before_it_is_ready(job):
+def test_a_launcher_that_fails_before_it_is_ready(begun):
     """Proves that a launcher which dies during its imports ends the job with what it said."""
-    job.begin()
-    job.store()
-    job.claimed(1)
     problem = JobFailedError("the launcher ended with 1 before it was ready; it said: No module named torch")
-    assert job.feed(e.SetupFailed(problem))[-1] == f"end failed: JobFailedError: {problem.message}"
+    assert begun.feed(e.SetupFailed(problem))[-1] == f"end failed: JobFailedError: {problem.message}"
 
 
 def test_a_job_that_is_over_but_for_its_flush_waits_on(training):

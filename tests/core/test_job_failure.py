@@ -13,17 +13,13 @@ def launcher_end():
     return Evidence("exit", "launcher", None, 1.0, "the launcher ended with SIGKILL", 0.0)
 
 
-def test_a_rank_killed_before_the_first_step_starts_the_job_afresh(job):
+def test_a_rank_killed_before_the_first_step_starts_the_job_afresh(starting):
     """Proves that with nothing sealed and nothing stored a death leads to a new generation from nothing."""
-    job.begin()
-    job.store()
-    job.claimed(1)
-    job.spawned()
-    job.joined(0)
-    assert job.die(1) == ["log rank failed", "incident 1 open: rank 1 was killed by signal 9", "kill 9"]
-    assert job.state == "fenced"
-    assert job.die(0) == ["incident 1 open: rank 1 was killed by signal 9", "claim 2 after None"]
-    assert job.claimed(2) == [
+    starting.joined(0)
+    assert starting.die(1) == ["log rank failed", "incident 1 open: rank 1 was killed by signal 9", "kill 9"]
+    assert starting.state == "fenced"
+    assert starting.die(0) == ["incident 1 open: rank 1 was killed by signal 9", "claim 2 after None"]
+    assert starting.claimed(2) == [
         "log generation started", "incident 1 open: rank 1 was killed by signal 9, lost 0",
         "spawn generation 2, restart 1",
     ]  # fmt: skip
@@ -154,9 +150,7 @@ def test_three_same_exceptions_fail_the_job_with_their_verdict(job):
 def test_the_verdict_comes_with_the_traceback():
     """Proves that the end of a failed job carries the exception that ended it."""
     job = Script(same_exception_limit=1)
-    job.begin()
-    job.store()
-    job.up_to_training()
+    job.begin_training()
     job.exited(0, raised(0, "nan"))
     job.die(1)
     assert job.effects[-1].exception.message == "nan"
@@ -164,18 +158,14 @@ def test_the_verdict_comes_with_the_traceback():
 
 def test_a_refusal_is_not_tried_again(job):
     """Proves that state which doesn't fit the model ends the job at the first failure, with the refusal's own error."""
-    job.begin()
-    job.store()
-    job.up_to_training()
+    job.begin_training()
     job.exited(0, raised(0, "no", error=StateError("layer 3 has shape [4], wanted [8]").to_json()))
     assert job.die(1)[-1] == "end failed: StateError: layer 3 has shape [4], wanted [8]"
 
 
 def test_fruitless_restarts_are_delayed(job):
     """Proves that generations which make no progress wait longer and longer, and that a stop ends the wait."""
-    job.begin()
-    job.store()
-    job.up_to_training(1)
+    job.begin_training()
     assert job.all_die()[-1] == "claim 2 after None"
     job.up_to_training(2)
     assert job.all_die()[-1] == "claim 3 after None"
@@ -233,35 +223,27 @@ def test_a_restart_on_purpose_is_no_failure(captured):
     assert captured.incidents[1].reasons == ("somebody asked for it",)
 
 
-def test_a_restart_of_what_is_only_starting_is_not_needed(job):
+def test_a_restart_of_what_is_only_starting_is_not_needed(begun):
     """Proves that a restart before any rank exists does not wait for the end of ranks that never began."""
-    job.begin()
-    job.store()
-    job.claimed(1)
-    assert job.feed(e.RestartWanted()) == []
-    assert job.state == "starting"
+    assert begun.feed(e.RestartWanted()) == []
+    assert begun.state == "starting"
 
 
-def test_a_late_join_is_not_carried_into_the_next_generation(job):
+def test_a_late_join_is_not_carried_into_the_next_generation(starting):
     """Proves that a rank which asked for its place just before it was killed gets none in the next generation."""
-    job.begin()
-    job.store()
-    job.claimed(1)
-    job.spawned()
-    job.die(1)
-    assert job.joined(0) == []
-    job.die(0)
-    assert job.claimed(2)[-1] == "spawn generation 2, restart 1"
-    job.spawned()
-    assert job.joined(0) == ["admit 0 to 2 with nothing"]
+    starting.die(1)
+    assert starting.joined(0) == []
+    starting.die(0)
+    assert starting.claimed(2)[-1] == "spawn generation 2, restart 1"
+    starting.spawned()
+    assert starting.joined(0) == ["admit 0 to 2 with nothing"]
 
 
 def test_late_words_of_an_old_generation_change_nothing(captured):
     """Proves that exits, seals and steps of a generation that is over have no effect on the one that follows."""
     old = dict(captured.pids)
     captured.all_die()
-    captured.claimed(2)
-    captured.spawned()
+    captured.up_to_spawned(2)
     assert captured.exited(0, killed(0), pid=old[0]) == []
     assert captured.sealed(0, 20, slot=1) == []
     assert captured.feed(e.RankStepped(1, 50, 0.0)) == []

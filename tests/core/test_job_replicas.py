@@ -60,8 +60,7 @@ def test_a_restart_begins_with_what_was_before_the_dispute(captured):
     captured.sealed(0, 20, slot=1, w="a")
     captured.sealed(1, 20, slot=1, w="b")
     assert captured.all_die()[-1] == "claim 2 after g1/s10"
-    captured.claimed(2)
-    captured.spawned()
+    captured.up_to_spawned(2)
     assert captured.joined(0) == ["admit 0 to 2 with g1/s10 from memory, whole"]
     assert captured.joined(1) == ["admit 1 to 2 with g1/s10 from memory, whole"]
 
@@ -94,9 +93,7 @@ def test_a_wish_outlives_a_dispute(captured):
 def single() -> Script:
     """A job with one slot per rank that has committed step 10."""
     job = Script(slots=1)
-    job.begin()
-    job.store()
-    job.up_to_training()
+    job.begin_training()
     job.now_s += 1.0
     job.progress(2)
     assert job.capture(10, 0) == ["announce None", "flush g1/s10"]
@@ -149,10 +146,7 @@ def test_an_offer_keeps_its_only_slot_until_all_have_restored(single):
     """Proves that nothing is announced, and so nothing given up, while a rank has yet to restore from it."""
     single.committed("g1/s10")
     single.all_die()
-    single.claimed(2)
-    single.spawned()
-    for rank in single.ranks:
-        single.joined(rank)
+    single.up_to_joined(2)
     single.feed(e.RankRestored(0, 0.1))
     single.feed(e.RankStepped(0, 11, single.now_s))
     single.feed(e.CheckpointWanted())

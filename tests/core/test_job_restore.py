@@ -6,7 +6,7 @@ import pytest
 
 from ckptd.core import events as e
 from ckptd.core.restore import MEMORY, Source
-from ckptd.errors import DamagedError, StateError, StoreError
+from ckptd.errors import CkptdError, DamagedError, StateError, StoreError
 from tests.core.script import TIER, Script, cid
 
 # --- restoring from the disk ---------------------------------------------------------------------------------------
@@ -17,8 +17,7 @@ def test_memory_gone_the_newest_checkpoint_is_fetched(job):
     job.begin()
     assert job.store("g2/s30", "g1/s20", last_generation=3) == ["fetch g2/s30"]
     assert job.fetched("g2/s30") == ["claim 4 after g2/s30"]
-    job.claimed(4)
-    job.spawned()
+    job.up_to_spawned(4)
     assert job.joined(0) == ["admit 0 to 4 with g2/s30 from local"]
     assert job.machine.keeper.book.snapshots == {}
 
@@ -84,12 +83,11 @@ def test_a_store_that_can_not_be_read_ends_the_job(job):
 DAMAGED = DamagedError("tensor 'w' of rank 1 is not what was captured")
 
 
-def fails_to_restore(job: Script, generation: int, checkpoint: str) -> list[str]:
-    """Let a generation begin, find its offer damaged and end; return what follows."""
-    job.claimed(generation)
-    job.spawned()
+def fails_to_restore(job: Script, generation: int, checkpoint: str, error: CkptdError = DAMAGED) -> list[str]:
+    """Let a generation begin, fail to use what it is offered and end; return what follows."""
+    job.up_to_spawned(generation)
     job.joined(0)
-    assert job.restore_fails(0, checkpoint, DAMAGED) == ["log restore failed"]
+    assert job.restore_fails(0, checkpoint, error) == ["log restore failed"]
     return job.all_die()
 
 
@@ -131,8 +129,7 @@ def test_a_copy_that_is_damaged_on_the_disk_too_is_written_from_damage(captured)
 def test_the_log_says_which_copy_was_damaged_and_what_in_it(captured):
     """Proves that the line names the tier, the step, the rank and the damage."""
     captured.all_die()
-    captured.claimed(2)
-    captured.spawned()
+    captured.up_to_spawned(2)
     captured.joined(0)
     captured.restore_fails(0, "g1/s10", DAMAGED)
     (log,) = captured.effects
@@ -148,8 +145,7 @@ def test_a_damaged_copy_costs_no_restart_and_no_delay(word_first):
     job.store(*(f"g1/s{step}" for step in range(60, 0, -10)), last_generation=1)
     job.fetched("g1/s60")
     for generation, step in enumerate(range(60, 10, -10), start=2):
-        job.claimed(generation)
-        job.spawned()
+        job.up_to_spawned(generation)
         job.joined(0)
         if word_first:
             job.restore_fails(0, f"g1/s{step}", DAMAGED)
@@ -189,11 +185,8 @@ def test_damage_during_a_restart_on_purpose_keeps_its_target(captured):
 def test_state_that_does_not_fit_is_not_the_snapshot_s_fault(captured):
     """Proves that a snapshot is refused for damage only: what a changed script can't load is still a good snapshot."""
     captured.all_die()
-    captured.claimed(2)
-    captured.spawned()
-    captured.joined(0)
-    captured.restore_fails(0, "g1/s10", StateError("layer 3 does not fit"))
-    assert captured.all_die()[-1] == "claim 3 after g1/s10"
+    misfit = StateError("layer 3 does not fit")
+    assert fails_to_restore(captured, 2, "g1/s10", misfit)[-1] == "claim 3 after g1/s10"
 
 
 def test_a_refused_snapshot_stays_while_its_generation_lives():
@@ -225,10 +218,7 @@ def test_a_refused_snapshot_stays_while_its_generation_lives():
 def test_what_has_not_restored_can_not_seal(captured, final):
     """Proves that an offered snapshot outlives every rank's restore: none seals, so nothing newer, before its own."""
     captured.all_die()
-    captured.claimed(2)
-    captured.spawned()
-    for rank in captured.ranks:
-        captured.joined(rank)
+    captured.up_to_joined(2)
     captured.feed(e.RankRestored(0, 0.1))
     captured.sealed(0, 12, slot=1, final=final)
     assert captured.sealed(1, 12, slot=1, final=final) == []
@@ -241,8 +231,7 @@ def test_a_word_about_a_restore_comes_too_late_once_the_next_is_planned(captured
     captured.all_die()
     captured.restore_fails(0, "g1/s10", DAMAGED)
     captured.wait(1)
-    captured.claimed(2)
-    captured.spawned()
+    captured.up_to_spawned(2)
     assert captured.joined(0) == ["admit 0 to 2 with g1/s10 from memory"]
     assert captured.machine.keeper.book.newest.id == cid("g1/s10")
 
@@ -252,8 +241,7 @@ def test_a_word_about_a_copy_that_is_looked_at_is_heeded(job):
     job.begin()
     job.store("g2/s30", "g1/s20", last_generation=2)
     job.fetched("g2/s30")
-    job.claimed(3)
-    job.spawned()
+    job.up_to_spawned(3)
     assert job.all_die()[-1] == "fetch g2/s30"
     job.restore_fails(0, "g2/s30", DAMAGED)
     assert job.fetched("g2/s30") == ["fetch g1/s20"]
@@ -279,9 +267,7 @@ def test_a_step_back_leaves_newer_ones_out_of_the_lineage(captured):
 def test_a_commit_that_a_step_back_has_overtaken_counts_for_nothing():
     """Proves that a late commit of what was left behind neither prunes the target nor comes back into the lineage."""
     job = Script(keep=1)
-    job.begin()
-    job.store()
-    job.up_to_training()
+    job.begin_training()
     job.capture(10, 0)
     job.committed("g1/s10")
     job.capture(20, 1)
@@ -301,8 +287,7 @@ def test_a_step_back_finds_what_is_still_being_flushed(captured):
     captured.feed(e.RestartWanted(20))
     assert captured.all_die()[-1] == "claim 2 after g1/s20"
     captured.committed("g1/s20")
-    captured.claimed(2)
-    captured.spawned()
+    captured.up_to_spawned(2)
     assert captured.joined(0) == ["admit 0 to 2 with g1/s20 from memory"]
 
 

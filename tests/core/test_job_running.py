@@ -37,42 +37,32 @@ def test_a_clean_run_from_begin_to_end(job):
     assert job.state == "finished"
 
 
-def test_a_finished_job_hears_nothing_more(job):
+def test_a_finished_job_hears_nothing_more(starting):
     """Proves that inputs after the end have no effect."""
-    job.begin()
-    job.store()
-    job.claimed(1)
-    job.spawned()
-    job.exited(0)
-    assert job.exited(1) == ["end finished"]
-    assert job.die(0) == job.wait(60) == job.stop() == job.claimed(2) == job.store("g1/s5") == []
+    starting.exited(0)
+    assert starting.exited(1) == ["end finished"]
+    assert (
+        starting.die(0) == starting.wait(60) == starting.stop() == starting.claimed(2) == starting.store("g1/s5") == []
+    )
 
 
-def test_a_script_without_ckptd_is_warned_about_and_finishes(job):
+def test_a_script_without_ckptd_is_warned_about_and_finishes(starting):
     """Proves that ranks which never attach are named once after half a minute, and that the job ends with them."""
-    job.begin()
-    job.store()
-    job.claimed(1)
-    job.spawned()
-    assert job.wait(29) == []
-    assert job.wait(2) == ["log ranks not attached"]
-    assert job.wait(60) == []
-    assert job.state == "running"
-    job.exited(0)
-    assert job.exited(1) == ["end finished"]
+    assert starting.wait(29) == []
+    assert starting.wait(2) == ["log ranks not attached"]
+    assert starting.wait(60) == []
+    assert starting.state == "running"
+    starting.exited(0)
+    assert starting.exited(1) == ["end finished"]
 
 
-def test_a_rank_that_leaves_alone_is_not_held(job):
+def test_a_rank_that_leaves_alone_is_not_held(starting):
     """Proves that a rank whose peers never attach is let go, since nothing of it will ever be committed."""
-    job.begin()
-    job.store()
-    job.claimed(1)
-    job.spawned()
-    job.joined(0)
-    assert job.left(0, 5) == []
-    assert job.wait(31) == ["log ranks not attached", "dismiss 0"]
-    job.exited(0)
-    assert job.exited(1) == ["end finished"]
+    starting.joined(0)
+    assert starting.left(0, 5) == []
+    assert starting.wait(31) == ["log ranks not attached", "dismiss 0"]
+    starting.exited(0)
+    assert starting.exited(1) == ["end finished"]
 
 
 def test_ranks_are_held_until_the_last_commit(training):
@@ -164,9 +154,7 @@ def test_a_wish_that_comes_to_nothing_is_tried_again(captured):
 def test_what_retention_lets_go_is_pruned_after_the_commit():
     """Proves that the oldest checkpoint goes only when the newest is on the disk."""
     job = Script(keep=2)
-    job.begin()
-    job.store()
-    job.up_to_training()
+    job.begin_training()
     job.capture(10, 0)
     job.committed("g1/s10")
     job.capture(20, 1)
@@ -175,22 +163,18 @@ def test_what_retention_lets_go_is_pruned_after_the_commit():
     assert job.committed("g1/s30") == ["log checkpoint committed", "prune g1/s10, keep g1/s30 g1/s20"]
 
 
-def test_slots_are_needed_before_a_capture(job):
+def test_slots_are_needed_before_a_capture(starting):
     """Proves that nothing is announced as long as a rank has no slot to capture into."""
-    job.begin()
-    job.store()
-    job.claimed(1)
-    job.spawned()
-    job.feed(e.RankJoined(0, job.pids[0]))
-    job.lend(0)
-    job.feed(e.RankJoined(1, job.pids[1]))
-    job.stepped(1)
-    job.progress(1)
-    job.now_s = 11.0
-    assert job.progress(9) == ["log checkpoint skipped"]
-    job.lend(1)
-    job.now_s = 21.5
-    assert job.progress(19) == ["announce 20"]
+    starting.feed(e.RankJoined(0, starting.pids[0]))
+    starting.lend(0)
+    starting.feed(e.RankJoined(1, starting.pids[1]))
+    starting.stepped(1)
+    starting.progress(1)
+    starting.now_s = 11.0
+    assert starting.progress(9) == ["log checkpoint skipped"]
+    starting.lend(1)
+    starting.now_s = 21.5
+    assert starting.progress(19) == ["announce 20"]
 
 
 def test_an_early_step_survives_a_final_seal(training):
@@ -228,14 +212,10 @@ def test_a_slow_store_shows_the_last_commit_of_before(job):
 
 
 @pytest.mark.parametrize("event", [e.RankRestored(0, 0.1), e.RankStepped(0, 1, 0.0), e.RankLeft(0, 1)])
-def test_who_has_not_joined_is_not_heard(job, event):
+def test_who_has_not_joined_is_not_heard(starting, event):
     """Proves that a rank without a place can't move the job."""
-    job.begin()
-    job.store()
-    job.claimed(1)
-    job.spawned()
-    assert job.feed(event) == []
-    assert job.state == "starting"
+    assert starting.feed(event) == []
+    assert starting.state == "starting"
 
 
 def test_metrics_do_not_take_the_log_s_own_words(training):

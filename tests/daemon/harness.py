@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -202,6 +202,15 @@ class Node:
         self.puppets.append(puppet)
         return puppet
 
+    def attach(self, world_size: int, size: int = 1000, **options: Any) -> list[Puppet]:
+        """Start all ranks and attach them; they wait for each other in no way but through the agent."""
+        puppets = [self.puppet(rank, world_size) for rank in range(world_size)]
+        for puppet in puppets:
+            puppet.start_attach(size, **options)
+        for puppet in puppets:
+            puppet.finish()
+        return puppets
+
     def agent_process(self, *arguments: str, **env: str) -> subprocess.Popen[bytes]:
         """Start an agent as a process of its own and wait until it listens."""
         with (self.folder / "agent.txt").open("ab") as log:
@@ -354,6 +363,19 @@ class AgentThread:
         self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive(), "the agent did not stop"
         assert not self.failures, self.failures
+
+
+def train_until(puppets: Sequence[Puppet], condition: Callable[[], object], what: str) -> None:
+    """Train ranks in lock-step until something is true in the test."""
+
+    def step() -> object:
+        for puppet in puppets:
+            puppet.start("train(1, 0.002)")
+        for puppet in puppets:
+            puppet.finish()
+        return condition()
+
+    until(step, what)
 
 
 def use_bytes_framework(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,37 +9,14 @@ from collections.abc import Callable
 import pytest
 
 from tests.daemon.bytes_framework import contents
-from tests.daemon.harness import AgentThread, Node, Puppet, PuppetError, until
+from tests.daemon.harness import AgentThread, Node, PuppetError, train_until, until
 
 SIZE = 50_000
 
 
-def pair(node: Node, size: int = SIZE) -> list[Puppet]:
-    """Start two ranks and attach them; each waits for the other in no way but through the agent."""
-    puppets = [node.puppet(rank, 2) for rank in range(2)]
-    for puppet in puppets:
-        puppet.start_attach(size)
-    for puppet in puppets:
-        assert puppet.finish()[0] >= 1
-    return puppets
-
-
-def train_until(puppets: list[Puppet], condition: Callable[[], object], what: str) -> None:
-    """Train in lock-step until something is true."""
-
-    def step() -> object:
-        for puppet in puppets:
-            puppet.start("train(1, 0.002)")
-        for puppet in puppets:
-            puppet.finish()
-        return condition()
-
-    until(step, what)
-
-
 def test_what_every_rank_has_sealed_is_committed(node: Node, agent: AgentThread) -> None:
     """Two ranks capture the same announced step, and the commit holds each one's bytes of exactly that step."""
-    puppets = pair(node)
+    puppets = node.attach(2, SIZE)
     for rank, puppet in enumerate(puppets):
         puppet.do(f"run.report(loss={rank}.5, note='text')")
     train_until(puppets, lambda: agent.committed() > 1, "a commit")
@@ -54,7 +31,7 @@ def test_what_every_rank_has_sealed_is_committed(node: Node, agent: AgentThread)
 
 def test_ranks_that_leave_wait_for_their_last_commit(node: Node, agent: AgentThread) -> None:
     """Leaving the block captures the last step, and returns only when it is committed; then the job is finished."""
-    puppets = pair(node)
+    puppets = node.attach(2, SIZE)
     for puppet in puppets:
         puppet.train(7)
     for puppet in puppets:
@@ -69,7 +46,7 @@ def test_ranks_that_leave_wait_for_their_last_commit(node: Node, agent: AgentThr
 
 def test_a_killed_rank_is_evidence(node: Node, agent: AgentThread) -> None:
     """The end of a rank's process is an incident with its rank and cause, though nobody here is its parent."""
-    puppets = pair(node)
+    puppets = node.attach(2, SIZE)
     train_until(puppets, lambda: agent.committed(), "a commit")
     puppets[1].kill()
     until(lambda: node.incidents(), "the incident")
@@ -80,7 +57,7 @@ def test_a_killed_rank_is_evidence(node: Node, agent: AgentThread) -> None:
 
 def test_the_next_incarnation_restores_from_memory(node: Node, agent: AgentThread) -> None:
     """While the agent lives, new ranks restore the newest snapshot from memory, whole and with digests checked."""
-    puppets = pair(node)
+    puppets = node.attach(2, SIZE)
     train_until(puppets, lambda: agent.committed(), "a commit")
     puppets[1].kill()
     puppets[0].kill()
@@ -100,7 +77,7 @@ def test_the_next_incarnation_restores_from_memory(node: Node, agent: AgentThrea
 
 def test_ranks_may_be_back_before_their_end_was_seen(node: Node, agent: AgentThread) -> None:
     """A rank of the next incarnation that comes while an old one still ends waits for it, and disturbs it in no way."""
-    old = pair(node)
+    old = node.attach(2, SIZE)
     train_until(old, lambda: agent.committed(), "a commit")
     old[1].kill()
     new = [node.puppet(rank, 2) for rank in range(2)]
@@ -131,7 +108,7 @@ def test_a_second_start_of_the_same_script_harms_nothing(node: Node, agent: Agen
 
 def test_the_slot_of_an_abandoned_snapshot_is_used_again(node: Node, agent: AgentThread) -> None:
     """When one rank can't capture a step, the other's slot is released, and later steps find slots for their commit."""
-    puppets = pair(node)
+    puppets = node.attach(2, SIZE)
     train_until(puppets, lambda: agent.committed(), "a commit")
 
     def abandoned() -> int:

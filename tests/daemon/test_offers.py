@@ -29,35 +29,13 @@ from tests.daemon.harness import (
     PuppetError,
     mapped_regions,
     open_descriptors,
+    train_until,
     until,
 )
 from tests.daemon.speaker import Speaker
 
 SIZE = 50_000
 DIFFER = "data[0] ^= 255"
-
-
-def start(node: Node, world_size: int, **options: object) -> list[Puppet]:
-    """Start and attach ranks that wait for each other only through the agent."""
-    puppets = [node.puppet(rank, world_size) for rank in range(world_size)]
-    for puppet in puppets:
-        puppet.start_attach(SIZE, **options)
-    for puppet in puppets:
-        puppet.finish()
-    return puppets
-
-
-def train(puppets: list[Puppet], condition: Callable[[], object], what: str) -> None:
-    """Train in lock-step until something is true."""
-
-    def step() -> object:
-        for puppet in puppets:
-            puppet.start("train(1, 0.002)")
-        for puppet in puppets:
-            puppet.finish()
-        return condition()
-
-    until(step, what)
 
 
 def end(agent: AgentThread, puppets: list[Puppet]) -> None:
@@ -75,8 +53,8 @@ def newest_in_memory(agent: AgentThread) -> int:
 @pytest.fixture
 def offered(node: Node, agent: AgentThread, speaker: Speaker) -> Speaker:
     """A rank that was let in with an offer from memory, and has asked for nothing yet."""
-    (puppet,) = start(node, 1)
-    train([puppet], agent.committed, "a commit")
+    (puppet,) = node.attach(1, SIZE)
+    train_until([puppet], agent.committed, "a commit")
     end(agent, [puppet])
     answer = speaker.join()
     assert isinstance(answer, m.Admitted)
@@ -144,8 +122,8 @@ def test_who_is_not_offered_anything_opens_nothing(speaker: Speaker) -> None:
 
 def test_every_rank_reads_the_slots_of_all(node: Node, agent: AgentThread) -> None:
     """A snapshot of two ranks is offered with the slots of both, and no slot is copied for it."""
-    puppets = start(node, 2)
-    train(puppets, agent.committed, "a commit")
+    puppets = node.attach(2, SIZE)
+    train_until(puppets, agent.committed, "a commit")
     end(agent, puppets)
     regions = mapped_regions()
     again = [Speaker(node), node.puppet(1, 2)]
@@ -180,8 +158,8 @@ def test_a_snapshot_that_was_not_flushed_is_offered(
         put(tier, key, data, **options)
 
     monkeypatch.setattr(LocalTier, "put", slow)
-    puppets = start(node, 2)
-    train(puppets, flushes.is_set, "a flush")
+    puppets = node.attach(2, SIZE)
+    train_until(puppets, flushes.is_set, "a flush")
     step = newest_in_memory(agent)
     end(agent, puppets)
     described: list[CheckpointId] = []
@@ -192,12 +170,12 @@ def test_a_snapshot_that_was_not_flushed_is_offered(
         return describe(store, order, images)
 
     monkeypatch.setattr(JobStore, "snapshot_document", counted)
-    again = start(node, 2)
+    again = node.attach(2, SIZE)
     assert [puppet.do("result = [run.restored.step, run.restored.tier]") for puppet in again] == [[step, "memory"]] * 2
     assert [puppet.data() for puppet in again] == [contents(step, SIZE)] * 2
     assert described == [CheckpointId(1, step)]
     go_on.set()
-    train(again, lambda: agent.committed() > step, "a commit of the new generation")
+    train_until(again, lambda: agent.committed() > step, "a commit of the new generation")
 
 
 # --- damage -------------------------------------------------------------------------------------------------------
@@ -212,8 +190,8 @@ def flip(path: Path) -> None:
 
 def test_damage_in_memory_costs_the_copy_and_no_step(node: Node, agent: AgentThread) -> None:
     """A rank that finds a slot damaged is refused by digest, and the next one gets the same step from the disk."""
-    (puppet,) = start(node, 1)
-    train([puppet], agent.committed, "a commit")
+    (puppet,) = node.attach(1, SIZE)
+    train_until([puppet], agent.committed, "a commit")
     end(agent, [puppet])
     until(lambda: not agent.call(lambda: agent.job().machine.keeper.pending), "the last commit")
     newest = agent.call(lambda: agent.job().machine.keeper.book.newest)
@@ -235,8 +213,8 @@ def test_damage_in_memory_costs_the_copy_and_no_step(node: Node, agent: AgentThr
 def test_damage_on_the_disk_is_found_by_who_reads_it(node: Node, start_agent: Callable[..., AgentThread]) -> None:
     """A flipped byte passes the look at sizes, is refused by the rank, and the next try begins with the one before."""
     first = start_agent()
-    puppets = start(node, 1)
-    train(puppets, lambda: len(node.manifests()) >= 2, "two commits")
+    puppets = node.attach(1, SIZE)
+    train_until(puppets, lambda: len(node.manifests()) >= 2, "two commits")
     puppets[0].kill()
     first.close()
     older, newest = node.manifests()[-2:]
@@ -255,8 +233,8 @@ def test_damage_on_the_disk_is_found_by_who_reads_it(node: Node, start_agent: Ca
 def test_a_file_that_vanishes_after_the_look_is_damage(node: Node, start_agent: Callable[..., AgentThread]) -> None:
     """A file that is gone when the rank opens it costs that copy, as any other damage does."""
     first = start_agent()
-    puppets = start(node, 1)
-    train(puppets, lambda: len(node.manifests()) >= 2, "two commits")
+    puppets = node.attach(1, SIZE)
+    train_until(puppets, lambda: len(node.manifests()) >= 2, "two commits")
     puppets[0].kill()
     first.close()
     newest = node.manifests()[-1]
@@ -273,8 +251,8 @@ def test_a_file_that_vanishes_after_the_look_is_damage(node: Node, start_agent: 
 
 def test_slots_that_hold_no_image_are_damage(node: Node, agent: AgentThread, monkeypatch: pytest.MonkeyPatch) -> None:
     """A snapshot of which no manifest can be made is refused before a rank reads it, and the disk's copy is next."""
-    (puppet,) = start(node, 1)
-    train([puppet], agent.committed, "a commit")
+    (puppet,) = node.attach(1, SIZE)
+    train_until([puppet], agent.committed, "a commit")
     end(agent, [puppet])
     until(lambda: not agent.call(lambda: agent.job().machine.keeper.pending), "the last commit")
     newest: CheckpointId = agent.call(lambda: agent.job().machine.keeper.book.newest.id)
@@ -291,8 +269,8 @@ def test_slots_that_hold_no_image_are_damage(node: Node, agent: AgentThread, mon
 def test_slots_are_there_before_ranks_ask(node: Node, start_agent: Callable[..., AgentThread]) -> None:
     """Of a checkpoint on the disk the agent knows how large slots will have to be, and clears them ahead, once."""
     first = start_agent()
-    puppets = start(node, 1)
-    train(puppets, first.committed, "a commit")
+    puppets = node.attach(1, SIZE)
+    train_until(puppets, first.committed, "a commit")
     puppets[0].kill()
     first.close()
     second = start_agent()
@@ -312,19 +290,19 @@ def test_slots_are_there_before_ranks_ask(node: Node, start_agent: Callable[...,
 def test_another_world_size(node: Node, start_agent: Callable[..., AgentThread], before: int, after: int) -> None:
     """A checkpoint of more or fewer ranks is restored by those there are now, and the log says of how many it is."""
     first = start_agent()
-    puppets = start(node, before)
-    train(puppets, first.committed, "a commit")
+    puppets = node.attach(before, SIZE)
+    train_until(puppets, first.committed, "a commit")
     for puppet in puppets:
         puppet.kill()
     first.close()
     step = json.loads(node.manifests()[-1].read_text())["step"]
     second = start_agent()
-    again = start(node, after)
+    again = node.attach(after, SIZE)
     assert [puppet.do("result = run.restored.step") for puppet in again] == [step] * after
     assert [puppet.data() for puppet in again] == [contents(step, SIZE)] * after
     (started,) = second.events("generation started")
     assert started["restore_world_size"] == before
-    train(again, lambda: second.committed() > step, "a commit of the new world size")
+    train_until(again, lambda: second.committed() > step, "a commit of the new world size")
     assert json.loads(node.manifests()[-1].read_text())["world_size"] == after
 
 
@@ -333,19 +311,19 @@ def test_another_world_size(node: Node, start_agent: Callable[..., AgentThread],
 
 def test_replicas_that_differ_are_captured_whole(node: Node, agent: AgentThread) -> None:
     """Differing replicas are named in the log, none of their snapshots is kept, and the next are captured whole."""
-    puppets = start(node, 2, replicated=("data",))
-    train(puppets, agent.committed, "a commit")
+    puppets = node.attach(2, SIZE, replicated=("data",))
+    train_until(puppets, agent.committed, "a commit")
     before = agent.committed()
     puppets[1].do(f"def train(steps, pause=0.0):\n    {DIFFER}\n    run.step()")
-    train(puppets, lambda: agent.events("replicas differ"), "the comparison")
+    train_until(puppets, lambda: agent.events("replicas differ"), "the comparison")
     (differ,) = agent.events("replicas differ")
     assert (differ["tensor"], differ["ranks"], differ["level"]) == ("data", [1], "error")
-    train(puppets, lambda: agent.committed() > differ["step"], "a commit of whole captures")
+    train_until(puppets, lambda: agent.committed() > differ["step"], "a commit of whole captures")
     assert before < differ["step"]
     steps = [json.loads(path.read_text())["step"] for path in node.manifests()]
     assert differ["step"] not in steps
     end(agent, puppets)
-    again = start(node, 2, replicated=("data",))
+    again = node.attach(2, SIZE, replicated=("data",))
     assert [puppet.do("result = int(run._session.page.words[3])") for puppet in again] == [1, 1]
     assert again[0].data() != again[1].data()
 
@@ -365,8 +343,8 @@ def test_a_single_slot_is_used_again_and_again(node: Node, agent: AgentThread, s
     """With one slot per rank the log warns of it, captures follow one another, and memory or disk has the last one."""
     (warned,) = agent.events("one slot per rank")
     assert warned["level"] == "warning"
-    (puppet,) = start(node, 1)
-    train([puppet], lambda: len(agent.events("checkpoint committed")) >= 4, "four commits")
+    (puppet,) = node.attach(1, SIZE)
+    train_until([puppet], lambda: len(agent.events("checkpoint committed")) >= 4, "four commits")
     assert len(agent.job()._arena.slots(0)) == 1
     puppet.kill()
     until(lambda: agent.status()["state"] == "pending", "readiness for a new rank")
@@ -380,8 +358,8 @@ def test_a_single_slot_is_used_again_and_again(node: Node, agent: AgentThread, s
 
 def test_the_last_step_gets_the_single_slot(node: Node, agent: AgentThread, single: JobConfig) -> None:
     """A rank that ends with its only slot taken gets it for its last step, which is committed before it is let go."""
-    (puppet,) = start(node, 1)
-    train([puppet], agent.committed, "a commit")
+    (puppet,) = node.attach(1, SIZE)
+    train_until([puppet], agent.committed, "a commit")
     last = puppet.train(1)
     puppet.do("run.close()")
     assert json.loads(node.manifests()[-1].read_text())["step"] == last

@@ -73,6 +73,7 @@ class Agent:
         self.pids: dict[int, int] = {}
         self.strangers: list[int] = []
         self.inbox: list[messages.Message] = []
+        self.heard: list[messages.Message] = []
         mine, theirs = socket.socketpair()
         self.channel = Channel(mine)
         argv = launcher_argv(
@@ -104,7 +105,8 @@ class Agent:
             try:
                 message = self.channel.receive(DEADLINE_S)
             except AgentError as error:
-                pytest.fail(f"no {kind.__name__}: {error}; launcher wrote: {self.complaints()}")
+                pytest.fail(f"no {kind.__name__}: {error}; {self.story()}")
+            self.heard.append(message)
             if isinstance(message, kind):
                 return message
             self.inbox.append(message)
@@ -150,6 +152,15 @@ class Agent:
     def complaints(self) -> str:
         """Return what the launcher itself wrote to stderr."""
         return (self.folder / "launcher.err").read_text()
+
+    def story(self) -> str:
+        """Return all that is known of the launcher and its ranks: a failure under load may not come a second time."""
+        files = [path for path in sorted(self.folder.iterdir()) if path.stat().st_size]
+        return "\n".join([
+            f"what happened; the launcher's exit code is {self.process.poll()}",
+            *map(str, self.heard),
+            *(f"--- {path.name}:\n{path.read_text(errors='backslashreplace')}" for path in files),
+        ])  # fmt: skip
 
     def close(self) -> None:
         """End the launcher as an agent does that goes away; kill by number whatever a broken one has left."""

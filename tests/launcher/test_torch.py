@@ -34,9 +34,9 @@ def test_spawn_started_workers_find_main(start, script, tmp_path):
     for preload in (["torch", "torch.distributed"], []):
         agent = start(["train.py", "--steps", "3"], preload=preload, OMP_NUM_THREADS="1")
         ready = agent.expect(messages.Ready)
-        assert (ready.preloaded, ready.skipped) == (preload, {})
+        assert (ready.preloaded, ready.skipped) == (preload, {}), agent.story()
         (result,) = agent.run({})
-        assert (result.returncode, result.stderr) == (0, "")
+        assert (result.returncode, result.stderr) == (0, ""), agent.story()
         results.append(json.loads(result.stdout))
     assert results[0] == results[1]
     batches = results[0][0]

@@ -85,10 +85,11 @@ def is_aligned(*numbers: int) -> bool:
 
 
 def write(descriptor: int, parts: Sequence[memoryview], pace: Callable[[int], None] | None) -> None:
-    """Write parts end to end to a new file that was opened with O_DIRECT, several writes in flight; no fsync.
+    """Write parts end to end to a file that was opened with O_DIRECT, several writes in flight; no fsync.
 
-    What lies aligned is written from where it is, all else by way of aligned memory, the last block padded and cut
-    off again. Raises `OSError`, with EINVAL when the filesystem wants another alignment.
+    It is a new file, or one that has no more blocks than are written now, so that nothing of it is left. What lies
+    aligned is written from where it is, all else by way of aligned memory, the last block padded and cut off again.
+    Raises `OSError`, with EINVAL when the filesystem wants another alignment.
     """
     ends = list(accumulate(len(part) for part in parts))
     size_bytes = ends[-1]
@@ -125,7 +126,7 @@ def write(descriptor: int, parts: Sequence[memoryview], pace: Callable[[int], No
 
 
 def _allocate(descriptor: int, size_bytes: int) -> None:
-    """Have all blocks of a new file allocated at once, where the filesystem can do that; a full disk shows here.
+    """Have the blocks that a file lacks allocated at once, where the filesystem can do that; a full disk shows here.
 
     Without it every write makes the file longer, which ext4 does one at a time, each after its turn in the journal:
     beside a program that writes buffered files that took three times as long (3.0 s instead of 1.0 s for 1 GiB).

@@ -17,6 +17,7 @@ import pytest
 from ckptd.errors import FencedError, NotFoundError, StoreError
 from ckptd.storage import local
 from ckptd.storage.local import LocalTier
+from ckptd.storage.spares import Spares
 from ckptd.storage.tier import Pace
 from tests.storage.files import files_below
 
@@ -205,11 +206,11 @@ def test_a_folder_that_vanishes_under_a_put_is_made_again(tier: LocalTier, monke
     """A prune that removes the still empty folder between its creation and the first write does not fail the put."""
     real, turns = local._write, []
 
-    def meeting_a_prune(path: Path, parts: Sequence[memoryview], pace: Pace | None) -> None:
+    def meeting_a_prune(path: Path, parts: Sequence[memoryview], pace: Pace | None, spares: Spares) -> None:
         turns.append(path)
         if len(turns) <= 2:
             shutil.rmtree(tier.root / "job")
-        real(path, parts, pace)
+        real(path, parts, pace, spares)
 
     monkeypatch.setattr(local, "_write", meeting_a_prune)
     tier.put("job/g1/s1/a", b"x")

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from ckptd.storage.local import LocalTier
+from tests.storage.files import aligned
+from tests.storage.spared import skip_without_spares
 
 _CASES = [("small", 10, False), ("small new", 10, True), ("direct", 2**20, False), ("direct new", 2**20, True)]
 _NAMES = [case[0] for case in _CASES]
@@ -123,3 +125,105 @@ LocalTier(Path({str(tmp_path / "store")!r})).put("job/object", image, create_onl
             events.append(("write", "file"))
     wanted = [("write", "file"), *_wanted(f"{tmp_path}/store/job", create_only=create_only)]
     assert events == wanted, name
+
+
+_OVER_A_SPARE = [
+    ("rename", "job/s1/a", "spare"),
+    ("fsync", "job/s1"),
+    ("fsync", ".tmp-spares"),
+    ("rename", "spare", "job/s3/temporary"),
+    ("write", "job/s3/temporary"),
+    ("fsync", "job/s3/temporary"),
+    ("rename", "job/s3/temporary", "job/s3/a"),
+    ("fsync", "job/s3"),
+]
+"""A file is durably out of the folder of its key before a byte of it is written over."""
+
+
+def _short(root: Path, path: str) -> str:
+    """Name a path below the root of a store, without what is random in it."""
+    short = path.removeprefix(f"{root}/")
+    if short.startswith(".tmp-spares/"):
+        return "spare"
+    return re.sub(r"\.tmp-[0-9a-f]{16}-.*", "temporary", short)
+
+
+def _prepare(tier: LocalTier) -> None:
+    for key in ("job/s1/a", "job/s2/a", "job/s2/b", "job/s3/b"):
+        tier.put(key, aligned(2**20))
+    tier.delete("job/s2/b")  # so that the folders are there
+
+
+def test_nothing_is_written_over_before_its_name_is_durably_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of renames, fsyncs and writes when a put takes what a delete left, as the tier calls them."""
+    skip_without_spares(tmp_path)
+    tier = LocalTier(tmp_path)
+    _prepare(tier)
+    tier._spares.remove()
+    calls: list[tuple[str, ...]] = []
+    real_fsync, real_rename, real_pwrite = os.fsync, os.rename, os.pwrite
+
+    def name(descriptor: int) -> str:
+        return _short(tmp_path, os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def fsync(descriptor: int) -> None:
+        calls.append(("fsync", name(descriptor)))
+        real_fsync(descriptor)
+
+    def rename(source: Path, target: Path) -> None:
+        calls.append(("rename", _short(tmp_path, str(source)), _short(tmp_path, str(target))))
+        real_rename(source, target)
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        calls.append(("write", name(descriptor)))
+        return real_pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    tier.delete("job/s1/a")
+    tier.put("job/s3/a", aligned(2**20))
+    assert calls == _OVER_A_SPARE
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="there is no strace here; the recorder above has the order")
+def test_nothing_is_written_over_before_its_name_is_durably_gone_for_the_kernel(tmp_path: Path) -> None:
+    """The same order, as the kernel sees it: nothing else writes to the file, makes it longer or cuts it."""
+    skip_without_spares(tmp_path)
+    root, trace = tmp_path / "store", tmp_path / "trace"
+    code = """
+import sys
+from pathlib import Path
+from ckptd.storage.local import LocalTier
+from tests.storage.files import aligned
+from tests.storage.test_local_order import _prepare
+tier = LocalTier(Path(sys.argv[1]))
+_prepare(tier)
+tier._spares.remove()
+Path(sys.argv[1], "from-here").mkdir()
+tier.delete("job/s1/a")
+tier.put("job/s3/a", aligned(2**20))
+"""
+    calls = "trace=mkdir,fsync,fdatasync,/^rename.*,/.*pwrite.*,write,ftruncate,fallocate"
+    done = subprocess.run(
+        ["strace", "-f", "-y", "-e", calls, "-o", str(trace), sys.executable, "-c", code, str(root)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    if "ptrace" in done.stderr.lower():
+        pytest.skip(f"tracing is not allowed here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    lines = trace.read_text().splitlines()
+    begin = next(number for number, line in enumerate(lines) if "from-here" in line)
+    events: list[tuple[str, ...]] = []
+    for line in lines[begin + 1 :]:
+        names = tuple(_short(root, name) for name in re.findall(rf"[<\"]({re.escape(str(root))}/[^>\"]*)[>\"]", line))
+        call = re.sub(r"^\d+\s+", "", line).partition("(")[0]
+        if names:
+            events.append(({"pwrite64": "write", "renameat2": "rename", "renameat": "rename"}.get(call, call), *names))
+    cut_and_filled = [("ftruncate", "job/s3/temporary"), ("fallocate", "job/s3/temporary")]
+    assert events == [*_OVER_A_SPARE[:4], *cut_and_filled, *_OVER_A_SPARE[4:]]

@@ -1,0 +1,26 @@
+"""Folders whose names survive a power cut."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def make_folders(folder: Path) -> None:
+    """Create a folder and its parents so that their names survive a power cut too."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        sync_folder(new.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: those that came, and those that went."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

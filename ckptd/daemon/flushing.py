@@ -7,21 +7,25 @@ What is presumed changed is digested while it is written. What may lie somewhere
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
-from ckptd.daemon.digesting import Digesting
+from ckptd.daemon.digesting import Digesting, Digests
 from ckptd.errors import CkptdError
-from ckptd.storage import image, keys, reuse
+from ckptd.storage import keys, reuse
 from ckptd.storage.digest import TensorDigest, shard_digest, tensor_digest
 from ckptd.storage.image import VALUES_NAME, Layout
 from ckptd.storage.manifest import Place, ShardContent
 from ckptd.storage.packing import Packed, pack
-from ckptd.storage.reuse import Content, Entry, History, Target
+from ckptd.storage.reuse import NO_HISTORY, Content, Entry, History, Target
+from ckptd.storage.shards import Shards
 from ckptd.storage.tier import Data, Pace, Tier
-from ckptd.types import CheckpointId, TensorSpan
+from ckptd.types import CheckpointId
 
 _DIGEST_THREADS = 2
 """Two digest faster than any disk writes; what has to be known before anything is written gets more."""
@@ -44,49 +48,48 @@ class Where(NamedTuple):
         return keys.folder(self.checkpoint) + keys.shard_file(rank)
 
 
+class Held(NamedTuple):
+    """What a checkpoint holds or refers to."""
+
+    contents: AbstractSet[Content]
+    places: Callable[[], Mapping[Content, Place]]
+    """Where all of it lies. Made when it is asked for: where everything changes, nobody does."""
+
+
+NOTHING_HELD = Held(frozenset(), dict)
+
+
 class Known(NamedTuple):
     """What a flush may refer to, and what helps to predict what it will."""
 
-    earlier: Mapping[Content, Place]
+    earlier: Held
     file_bytes: Mapping[str, int]
     """Sizes of the files in `earlier`."""
     history: History
+
+
+class Described(NamedTuple):
+    """A snapshot as a manifest describes it."""
+
+    shards: tuple[ShardContent, ...]
+    """By rising rank, of their entries only the values."""
+    tensors: bytes
+    """The text of all others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flushed:
     """What became of every shard."""
 
-    stored: tuple[ShardContent, ...]
+    stored: Described
     """As the tier has them."""
-    in_memory: tuple[ShardContent, ...]
+    in_memory: Described
     """As the slots have them."""
-    contents: Mapping[Entry, Content]
-    """All entries with bytes, the values blobs left out."""
-
-
-class Shards(NamedTuple):
-    """How the images of a snapshot are laid out; mostly the same as that of the snapshot before."""
-
-    layouts: Mapping[int, Layout]
-    """By rising rank."""
-    entries: Mapping[Entry, TensorSpan]
-    """Everything in them, in the order of ranks and images."""
-
-
-def shards_of(images: Mapping[int, memoryview], before: Shards) -> Shards:
-    """Return the layouts of images; what is still as it was `before` is not read again."""
-    layouts = {rank: _layout(data, before.layouts.get(rank)) for rank, data in sorted(images.items())}
-    if layouts.keys() == before.layouts.keys() and all(layouts[rank] is before.layouts[rank] for rank in layouts):
-        return before
-    entries = {Entry(rank, span.name): span for rank, layout in layouts.items() for span in layout.spans}
-    return Shards(layouts, entries)
-
-
-def _layout(data: memoryview, before: Layout | None) -> Layout:
-    if before is None or len(data) < before.image_bytes or bytes(data[: len(before.header)]) != before.header:
-        return image.parse(data)
-    return before
+    file_bytes: Mapping[str, int]
+    """The size of every file that holds any of it."""
+    held: Held
+    """What the next flush may refer to."""
+    history: History
 
 
 def flush(
@@ -116,82 +119,135 @@ def _flush(
     known: Known | None,
     pool: Executor,
 ) -> Flushed:
-    layouts, entries = shards
-    first_of_all = {} if known is None else reuse.doubtful(entries, known.earlier, known.history)
-    packed: dict[int, Packed] = {}
+    doubtful = (
+        frozenset[Entry]() if known is None else reuse.doubtful(shards.spans, known.earlier.contents, known.history)
+    )
+    undecided = {entry.rank for entry in doubtful}
+    of_doubtful, of_others = shards.split_leaves(doubtful)
     targets: Mapping[Entry, Target] = {}
     work: list[Future[None]] = []
     try:
-        doubtful = Digesting(images, first_of_all, pool, max(_DIGEST_THREADS, len(images)))
-        work += doubtful.futures
+        first = Digesting(images, of_doubtful, pool, max(_DIGEST_THREADS, len(images)))
+        work += first.futures
         # Before the writes, which take longer: else they would keep digests out of a small pool until they are done.
-        presumed_changed = {entry: span for entry, span in entries.items() if entry not in first_of_all}
-        others = Digesting(images, presumed_changed, pool, _DIGEST_THREADS)
+        others = Digesting(images, of_others, pool, _DIGEST_THREADS)
         work += others.futures
-        undecided = {entry.rank for entry in first_of_all}
-        work += [pool.submit(where.put, rank, images[rank]) for rank in layouts if rank not in undecided]
-        wait(doubtful.futures)
-        if known is not None:
-            contents = _contents(first_of_all, doubtful.found())
-            image_bytes = {rank: layout.image_bytes for rank, layout in layouts.items()}
-            targets = reuse.decide(contents, known.earlier, known.file_bytes, image_bytes)
+        work += [pool.submit(where.put, rank, images[rank]) for rank in images if rank not in undecided]
+        wait(first.futures)
+        digests = first.found()
+        if known is not None and doubtful:
+            image_bytes = {rank: layout.image_bytes for rank, layout in shards.layouts.items()}
+            contents = shards.contents(digests.values)
+            targets = reuse.decide(contents, known.earlier.places(), known.file_bytes, image_bytes)
+        packed = _pack(images, shards, targets)
         for rank in sorted(undecided):
-            left_out = {entry.name for entry in targets if entry.rank == rank}
-            if left_out:
-                packed[rank] = pack(images[rank], layouts[rank], left_out)
-            work.append(pool.submit(where.put, rank, packed[rank].parts if left_out else images[rank]))
+            work.append(pool.submit(where.put, rank, packed[rank].parts if rank in packed else images[rank]))
+        wait(others.futures)
+        flushed = _describe(where, shards, digests | others.found(), known, packed=packed, targets=targets)
     finally:
         wait(work)
     for item in work:
         item.result()
-    digests = doubtful.found() | others.found()
-    in_memory = [content_of(rank, layout, digests) for rank, layout in layouts.items()]
+    return flushed
+
+
+def _pack(images: Mapping[int, memoryview], shards: Shards, targets: Mapping[Entry, Target]) -> dict[int, Packed]:
+    left_out: dict[int, set[str]] = defaultdict(set)
+    for rank, name in targets:
+        left_out[rank].add(name)
+    return {rank: pack(images[rank], shards.layouts[rank], names) for rank, names in left_out.items()}
+
+
+def _describe(
+    where: Where,
+    shards: Shards,
+    digests: Digests,
+    known: Known | None,
+    *,
+    packed: Mapping[int, Packed],
+    targets: Mapping[Entry, Target],
+) -> Flushed:
+    """Work out what is kept of a flush, best while the files are being written."""
+    files = {rank: where.file(rank) for rank in shards.layouts}
+    places = _places(shards, files, packed, targets)
+    in_memory = describe(shards, digests)
+    stored = in_memory
+    if packed:
+        as_stored = {rank: _packed(rank, file, digests) for rank, file in packed.items()}
+        of_all = tuple(as_stored.get(shard.rank, shard) for shard in in_memory.shards)
+        stored = Described(of_all, shards.template.text(digests.values, digests.leaves, places))
+    file_bytes = {files[shard.rank]: shard.size_bytes for shard in stored.shards}
+    if known is None:
+        return Flushed(stored, in_memory, file_bytes, NOTHING_HELD, NO_HISTORY)
+    referred = {target.file for target in targets.values() if isinstance(target, Place)}
+    file_bytes |= {file: size for file, size in known.file_bytes.items() if file in referred}
+    contents = shards.contents(digests.values)
+    held = Held(set(contents.values()), partial(_held, shards, files, places, contents))
     return Flushed(
-        tuple(_stored(where, in_memory, packed, targets)),
-        tuple(in_memory),
-        _contents(entries, digests),
+        stored, in_memory, file_bytes, held, reuse.history_of(shards.spans, contents, known.earlier.contents)
     )
 
 
-def content_of(rank: int, layout: Layout, digests: Mapping[Entry, TensorDigest]) -> ShardContent:
-    """Return what is known of a shard that lies in memory as its layout says; without digests it has none."""
-    by_name = {span.name: digests[Entry(rank, span.name)] for span in layout.spans} if digests else {}
-    whole = shard_digest(layout.header, [found.value for found in by_name.values()]) if digests else None
-    return ShardContent(rank, layout, layout.image_bytes, whole, by_name)
+def describe(shards: Shards, digests: Digests | None) -> Described:
+    """Describe images that lie in memory; without digests it has none."""
+    values, leaves = digests or (None, {})
+    contents = []
+    for rank, layout in shards.layouts.items():
+        found: dict[str, TensorDigest] = {}
+        whole = None
+        if values is not None:
+            own = [values[entry] for entry in shards.entries[rank]]
+            whole = shard_digest(layout.header, own)
+            found = {VALUES_NAME: TensorDigest(own[-1], tuple(leaves.get(shards.entries[rank][-1], ())))}
+        contents.append(ShardContent(rank, _values_only(layout), layout.image_bytes, whole, found))
+    return Described(tuple(contents), shards.template.text(values, leaves, {}))
 
 
-def _contents(entries: Mapping[Entry, TensorSpan], digests: Mapping[Entry, TensorDigest]) -> dict[Entry, Content]:
-    return {
-        entry: Content(span.dtype, span.end - span.begin, digests[entry].value)
-        for entry, span in entries.items()
-        if span.end > span.begin and entry.name != VALUES_NAME
+def _values_only(layout: Layout) -> Layout:
+    return replace(layout, spans=layout.spans[-1:])
+
+
+def _packed(rank: int, file: Packed, digests: Digests) -> ShardContent:
+    """Describe a file that was put together."""
+    layout = file.layout
+    values = tensor_digest(memoryview(file.values))
+    tensors = [digests.values[Entry(rank, span.name)] for span in layout.spans[:-1]]
+    whole = shard_digest(layout.header, [*tensors, values.value])
+    return ShardContent(rank, _values_only(layout), layout.image_bytes, whole, {VALUES_NAME: values})
+
+
+def _places(
+    shards: Shards, files: Mapping[int, str], packed: Mapping[int, Packed], targets: Mapping[Entry, Target]
+) -> dict[Entry, Place]:
+    """Return where everything lies of the ranks whose files were put together."""
+    places = {
+        Entry(rank, span.name): Place(None, span.begin, span.end)
+        for rank, file in packed.items()
+        for span in file.layout.spans[:-1]
     }
+    for entry, target in targets.items():
+        if isinstance(target, Place):
+            places[entry] = target
+        else:
+            held = places.get(target) or shards.spans[target]
+            places[entry] = Place(files[target.rank], held.begin, held.end)
+    return places
 
 
-def _stored(
-    where: Where, in_memory: Sequence[ShardContent], packed: Mapping[int, Packed], targets: Mapping[Entry, Target]
-) -> Iterator[ShardContent]:
-    """Yield the shards as their files have them, by rising rank, from how they are in memory."""
-    owners = {target for target in targets.values() if isinstance(target, Entry)}
-    held: dict[Entry, Place] = {}
-    for content in in_memory:
-        rank, file = content.rank, packed.get(content.rank)
-        layout = content.layout if file is None else file.layout
-        if owners:
-            own_file = where.file(rank)
-            lies = {Entry(rank, span.name): Place(own_file, span.begin, span.end) for span in layout.spans}
-            held |= {entry: place for entry, place in lies.items() if entry in owners}
-        if file is None:
-            yield content
+def _held(
+    shards: Shards, files: Mapping[int, str], places: Mapping[Entry, Place], contents: Mapping[Entry, Content]
+) -> dict[Content, Place]:
+    """Return where everything lies that can be referred to; of what ranks have alike, where the lowest has it."""
+    found: dict[Content, Place] = {}
+    for entry, content in contents.items():
+        if content in found:
             continue
-        digests = {**content.digests, VALUES_NAME: tensor_digest(memoryview(file.values))}
-        places = {span.name: Place(None, span.begin, span.end) for span in layout.spans}
-        for entry, target in targets.items():
-            if entry.rank == rank:
-                places[entry.name] = target if isinstance(target, Place) else held[target]
-        whole = shard_digest(layout.header, [digests[span.name].value for span in layout.spans])
-        as_stored = replace(content.layout, spans=(*content.layout.spans[:-1], layout.values))
-        yield ShardContent(rank, as_stored, layout.image_bytes, whole, digests, places)
+        place = places.get(entry)
+        if place is None or place.file is None:
+            lies = place or shards.spans[entry]
+            place = Place(files[entry.rank], lies.begin, lies.end)
+        found[content] = place
+    return found
 
 
 def _forget_frames(error: CkptdError) -> None:

@@ -12,17 +12,17 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
 
 from ckptd.core import lineage
 from ckptd.core.events import Flush, StoreRead
 from ckptd.core.restore import Source
 from ckptd.daemon import flushing
-from ckptd.daemon.flushing import Flushed, Known, Shards, Where
+from ckptd.daemon.flushing import NOTHING_HELD, Described, Flushed, Held, Known, Where
 from ckptd.errors import CkptdError, DamagedError, FencedError, NotFoundError
-from ckptd.storage import catalog, keys, manifest
-from ckptd.storage.manifest import Manifest, Place, ShardContent
-from ckptd.storage.reuse import NO_HISTORY, Content, Entry, history_of, stored_contents
+from ckptd.storage import catalog, keys, manifest, template
+from ckptd.storage.manifest import Manifest
+from ckptd.storage.reuse import NO_HISTORY, stored_contents
+from ckptd.storage.shards import Shards, shards_of
 from ckptd.storage.tier import Pace, Tier
 from ckptd.types import CheckpointId
 
@@ -45,7 +45,7 @@ class _Earlier:
     id: CheckpointId
     file_bytes: Mapping[str, int]
     """The size of every file that it needs, its own and others."""
-    contents: Mapping[Content, Place]
+    held: Held
 
 
 class JobStore:
@@ -72,7 +72,7 @@ class JobStore:
         """What the flush in flight may refer to."""
         self._pruning: frozenset[CheckpointId] = frozenset()
         self._history = NO_HISTORY
-        self._shards = Shards({}, {})
+        self._shards = Shards({})
         """Of the last flush's images; the next ones mostly have the same."""
 
     # --- the job on the tier ------------------------------------------------------------------------------------
@@ -148,31 +148,33 @@ class JobStore:
             known = self._begin(order)
             self._refuse_committed(key)
             where = Where(self.tier, self._job, order.id, self._pace)
-            self._shards = flushing.shards_of(images, self._shards)
+            self._shards = shards_of(images, self._shards)
             flushed = flushing.flush(where, images, self._shards, known, self._pool)
-            document = manifest.encode(self._document(order, flushed.stored))
+            document = self._document(order, flushed.stored)
             self.tier.put(key, document, create_only=True)
-            self._remember(where, flushed, known)
+            self._remember(order.id, flushed)
         finally:
             del images  # an error's traceback must not keep them
             with self._lock:
                 self._in_flight, self._needed = None, frozenset()
-        written_bytes = sum(content.size_bytes for content in flushed.stored)
-        if flushed.stored != flushed.in_memory:
-            document = manifest.encode(self._document(order, flushed.in_memory))
-        return FlushResult(written_bytes, time.monotonic() - begin_s, document)
+        written_bytes = sum(shard.size_bytes for shard in flushed.stored.shards)
+        seconds = time.monotonic() - begin_s
+        if flushed.stored is not flushed.in_memory:
+            document = self._document(order, flushed.in_memory)
+        return FlushResult(written_bytes, seconds, document)
 
     def snapshot_document(self, order: Flush, images: Mapping[int, memoryview]) -> bytes:
         """Return the manifest of a snapshot that lies in slots and was not digested; its files are the slots.
 
         Raises `DamagedError` when a slot holds no image, `StateError` when the ranks' images don't fit together.
         """
-        layouts = flushing.shards_of(images, self._shards).layouts
-        contents = [flushing.content_of(rank, layout, {}) for rank, layout in layouts.items()]
-        return manifest.encode(self._document(order, contents))
+        return self._document(order, flushing.describe(shards_of(images, self._shards), None))
 
-    def _document(self, order: Flush, contents: Sequence[ShardContent]) -> dict[str, Any]:
-        return manifest.build(self._job, order.id, order.parent, contents, created_at=time.time(), values=order.values)
+    def _document(self, order: Flush, described: Described) -> bytes:
+        document = manifest.build(
+            self._job, order.id, order.parent, described.shards, created_at=time.time(), values=order.values
+        )
+        return template.encode(document, described.tensors)
 
     def _begin(self, order: Flush) -> Known | None:
         """Fix what a flush may refer to, so that no prune removes it meanwhile."""
@@ -186,9 +188,9 @@ class JobStore:
                 self._earlier, self._history = self._read_earlier(order.parent), NO_HISTORY
                 earlier = self._earlier
             if earlier is None:
-                return Known({}, {}, self._history)
+                return Known(NOTHING_HELD, {}, self._history)
             self._needed = frozenset(earlier.file_bytes)
-            return Known(earlier.contents, earlier.file_bytes, self._history)
+            return Known(earlier.held, earlier.file_bytes, self._history)
 
     def _read_earlier(self, parent: CheckpointId | None) -> _Earlier | None:
         """Read what a generation began with; what can't be read is not referred to, and no more harm than that."""
@@ -200,7 +202,8 @@ class JobStore:
         except CkptdError:
             return None
         self._files[parent] = loaded.files
-        return _Earlier(parent, sizes, stored_contents(loaded))
+        found = stored_contents(loaded)
+        return _Earlier(parent, sizes, Held(found.keys(), lambda: found))
 
     def _refuse_committed(self, key: str) -> None:
         """Raise `FencedError` when a checkpoint stands: a second attempt might write its files in another way."""
@@ -210,23 +213,12 @@ class JobStore:
             return
         raise FencedError(f"{self.tier.url}/{key} exists already")
 
-    def _remember(self, where: Where, flushed: Flushed, known: Known | None) -> None:
+    def _remember(self, checkpoint: CheckpointId, flushed: Flushed) -> None:
         """Keep what the next flush may refer to, and what a prune must not remove."""
-        sizes = {where.file(shard.rank): shard.size_bytes for shard in flushed.stored}
-        contents: dict[Content, Place] = {}
-        for shard in flushed.stored:
-            own_file = where.file(shard.rank)
-            for span in shard.layout.spans[:-1]:
-                file, begin, end = shard.places.get(span.name) or (None, span.begin, span.end)
-                if file is not None and file not in sizes and known is not None:
-                    sizes[file] = known.file_bytes[file]
-                content = flushed.contents.get(Entry(shard.rank, span.name))
-                if content is not None and content not in contents:
-                    contents[content] = Place(file or own_file, begin, end)
         with self._lock:
-            self._files[where.checkpoint] = frozenset(sizes)
-            self._earlier = _Earlier(where.checkpoint, sizes, contents)
-            self._history = NO_HISTORY if known is None else history_of(flushed.contents, known.earlier)
+            self._files[checkpoint] = frozenset(flushed.file_bytes)
+            self._earlier = _Earlier(checkpoint, flushed.file_bytes, flushed.held)
+            self._history = flushed.history
 
     # --- prune --------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,12 @@ def digest(data: memoryview | bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+def digests(data: memoryview, parts: Iterable[slice]) -> list[str]:
+    """Return the digests of parts of `data`, with as little as possible besides for each: they may be small."""
+    digest_of = xxhash.xxh3_128_hexdigest
+    return [digest_of(data[part]) for part in parts]
+
+
 def combine(digests: Iterable[str], start: bytes = b"") -> str:
     """Return the digest of `start` and the digests that follow it."""
     return xxhash.xxh3_128_hexdigest(start + bytes.fromhex("".join(digests)))

@@ -40,6 +40,8 @@ JOB, RANK = "job", "rank"
 """Placements."""
 _DIGEST = re.compile("[0-9a-f]{32}")
 _NO_DIGEST: tuple[None, tuple[str, ...]] = (None, ())
+to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+"""The encoding of everything in a manifest."""
 
 
 class Chunk(NamedTuple):
@@ -181,13 +183,14 @@ def build(
             }
             for shard in shards
         ],
-        "tensors": _tensors(shards),
+        "tensors": tensors_of(shards),
         "values": dict(values),
         "complete": True,
     }
 
 
-def _tensors(shards: Sequence[ShardContent]) -> dict[str, Any]:
+def tensors_of(shards: Sequence[ShardContent]) -> dict[str, Any]:
+    """Return the `tensors` of a manifest of shards; raises `StateError` as `build` does."""
     tensors: dict[str, Any] = {}
     for shard in shards:
         digests, places = shard.digests, shard.places
@@ -207,25 +210,27 @@ def _tensors(shards: Sequence[ShardContent]) -> dict[str, Any]:
                 "shard": shard.rank,
                 "offset": (0,) * len(shape) if piece is None else piece.offset,
                 "shape": shape,
-                "byte_range": (begin, end),
-                "digest": digest,
             }
-            if leaves:
-                chunk["leaves"] = leaves
-            if file is not None:
-                chunk["file"] = file
             if entry != name:
                 chunk["entry"] = entry
+            if file is not None:
+                chunk["file"] = file
+            chunk["byte_range"] = (begin, end)
+            chunk["digest"] = digest
+            if leaves:
+                chunk["leaves"] = leaves
             if tensor["dtype"] is None:
                 chunk["dtype"] = dtype
             tensor["chunks"].append(chunk)
     for name, tensor in tensors.items():
-        boxes = (
-            [(chunk["offset"], chunk["shape"]) for chunk in tensor["chunks"]] if tensor["placement"] == JOB else None
-        )
-        if boxes is not None and not _covers(tensor["shape"], boxes):
-            raise _disagreement(f"the ranks' parts of tensor {name!r} do not make up the whole")
+        if tensor["placement"] == JOB:
+            _check_cover(name, tensor)
     return tensors
+
+
+def _check_cover(name: str, tensor: Mapping[str, Any]) -> None:
+    if not _covers(tensor["shape"], [(chunk["offset"], chunk["shape"]) for chunk in tensor["chunks"]]):
+        raise _disagreement(f"the ranks' parts of tensor {name!r} do not make up the whole")
 
 
 def _separate(tensor: dict[str, Any], dtype: str, shape: tuple[int, ...]) -> None:
@@ -263,7 +268,15 @@ def _disagreement(problem: str) -> StateError:
 
 def encode(document: Mapping[str, Any]) -> bytes:
     """Return the bytes that are put as `manifest.json`."""
-    return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+    fields = [f"{to_json(name)}:{_members_to_json(value)}" for name, value in document.items()]
+    return f"{{{','.join(fields)}}}\n".encode()
+
+
+def _members_to_json(value: Any) -> str:
+    """Encode an object member by member: one call for 10,000 tensors would keep other threads waiting for 60 ms."""
+    if not isinstance(value, Mapping):
+        return to_json(value)
+    return f"{{{','.join([f'{to_json(name)}:{to_json(member)}' for name, member in value.items()])}}}"
 
 
 def parse(data: bytes, where: str) -> Manifest:

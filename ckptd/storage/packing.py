@@ -27,17 +27,14 @@ def pack(data: memoryview, layout: Layout, left_out: Collection[str]) -> Packed:
     Nothing is copied but the values. Entries that lie side by side in the image stay one part.
     """
     blob = image.read_values(data, layout.values)
-    specs = [
-        TensorSpec(span.name, span.dtype, span.shape, span.piece)
-        for span in layout.spans[:-1]
-        if span.name not in left_out
-    ]
+    kept = [span for span in layout.spans[:-1] if span.name not in left_out]
+    specs = [TensorSpec(span.name, span.dtype, span.shape, span.piece) for span in kept]
     metadata = {key: value for key, value in layout.metadata.items() if key != PIECES_KEY}
     planned = image.plan(specs, len(blob), metadata)
     room = bytearray(planned.values.end - planned.values.begin)
     image.write_values(memoryview(room), planned.values._replace(begin=0, end=len(room)), blob)
     values = bytes(room)
-    lies_at = {span.name: (span.begin, span.end) for span in layout.spans}
+    lies_at = {span.name: (span.begin, span.end) for span in kept}
     runs: list[list[int]] = []
     for span in planned.spans[:-1]:
         begin, end = lies_at[span.name]

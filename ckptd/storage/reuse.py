@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from itertools import compress
+from operator import itemgetter
 from typing import NamedTuple
 
 from ckptd.storage.image import VALUES_NAME
@@ -23,19 +26,27 @@ MIN_SAVED_SHARE = 0.05
 lies, a file that lacks a part of it has to be put together."""
 
 
-class Content(NamedTuple):
-    """What makes two tensors' bytes the same."""
-
-    dtype: str
-    size_bytes: int
-    digest: str
-
-
 class Entry(NamedTuple):
     """One entry of one rank's image."""
 
     rank: int
     name: str
+
+
+Content = str
+"""What makes two tensors' bytes the same: their digest, and then their `kind`.
+
+One string, since the collector of garbage follows tuples: 10,000 new ones would set it off at each flush."""
+
+
+def kind(dtype: str, size_bytes: int) -> str:
+    """Return what of a content is known before it is digested."""
+    return f" {dtype} {size_bytes}"
+
+
+def size_bytes(content: Content) -> int:
+    """Return how many bytes there are of a content."""
+    return int(content[content.rindex(" ") :])
 
 
 Target = Place | Entry
@@ -45,12 +56,13 @@ Target = Place | Entry
 class History(NamedTuple):
     """What was found when the same job was last flushed."""
 
-    contents: Mapping[Entry, Content]
+    spans: Mapping[Entry, TensorSpan]
+    """All entries that there were."""
     repeated: Collection[Entry]
     """Those whose bytes were also in an earlier checkpoint, or with another rank."""
 
 
-NO_HISTORY = History({}, ())
+NO_HISTORY = History({}, frozenset())
 
 
 def stored_contents(loaded: Manifest) -> dict[Content, Place]:
@@ -62,47 +74,52 @@ def stored_contents(loaded: Manifest) -> dict[Content, Place]:
         for chunk in tensor.chunks:
             size = chunk.end - chunk.begin
             if size and chunk.digest is not None:
-                found.setdefault(Content(chunk.dtype, size, chunk.digest), Place(chunk.file, chunk.begin, chunk.end))
+                content = chunk.digest + kind(chunk.dtype, size)
+                found.setdefault(content, Place(chunk.file, chunk.begin, chunk.end))
     return found
 
 
-def doubtful(
-    entries: Mapping[Entry, TensorSpan], earlier: Collection[Content], history: History
-) -> dict[Entry, TensorSpan]:
+def doubtful(spans: Mapping[Entry, TensorSpan], earlier: Collection[Content], history: History) -> Collection[Entry]:
     """Predict which entries may turn out to be somewhere already; all others are presumed changed.
 
     A doubtful entry is digested before anything of its file is written, any other while it is. What was repeated the
     last time is doubtful; without a history, what an earlier checkpoint has one of the same dtype and size of, and
     what several ranks keep under one name.
     """
-    sizes = {(content.dtype, content.size_bytes) for content in earlier}
-    names = Counter(entry.name for entry, span in entries.items() if span.piece is None)
-    found = {}
-    for entry, span in entries.items():
+    if spans is history.spans:
+        return history.repeated
+    kinds = {content[content.index(" ") :] for content in earlier}
+    names = Counter(entry.name for entry, span in spans.items() if span.piece is None)
+    found = set()
+    for entry, span in spans.items():
         size = span.end - span.begin
         if not size or entry.name == VALUES_NAME:
             continue
-        seen = history.contents.get(entry)
-        if seen is not None and seen.size_bytes == size and seen.dtype == span.dtype:
+        seen = history.spans.get(entry)
+        if seen is not None and seen.end - seen.begin == size and seen.dtype == span.dtype:
             is_doubtful = entry in history.repeated
         else:
-            is_doubtful = (span.dtype, size) in sizes or names[entry.name] > 1
+            is_doubtful = kind(span.dtype, size) in kinds or names[entry.name] > 1
         if is_doubtful:
-            found[entry] = span
+            found.add(entry)
     return found
 
 
-def history_of(contents: Mapping[Entry, Content], earlier: Collection[Content]) -> History:
-    """Return what a flush teaches about the next one; `contents` are all entries, digested.
+def history_of(
+    spans: Mapping[Entry, TensorSpan], contents: Mapping[Entry, Content], earlier: AbstractSet[Content]
+) -> History:
+    """Return what a flush teaches about the next one; `contents` are those of all `spans` that can be compared.
 
     That is nothing when there was no earlier checkpoint to compare with.
     """
     if not earlier:
         return NO_HISTORY
-    ranks: dict[Content, int] = {}
-    shared = {content for entry, content in contents.items() if ranks.setdefault(content, entry.rank) != entry.rank}
-    repeated = {entry for entry, content in contents.items() if content in earlier or content in shared}
-    return History(contents, repeated)
+    different = set(contents.values())
+    known = different & earlier
+    if len(different) < len(contents):
+        ranks: dict[Content, int] = {}
+        known |= {content for entry, content in contents.items() if ranks.setdefault(content, entry.rank) != entry.rank}
+    return History(spans, set(compress(contents, map(known.__contains__, contents.values()))) if known else set())
 
 
 def decide(
@@ -116,7 +133,7 @@ def decide(
     `contents` are the entries in question, `earlier` what the previous checkpoint holds or refers to, `file_bytes` the
     sizes of its files (one without a size is not used), `image_bytes` those of the images by rank.
     """
-    entries = sorted(contents)
+    entries = sorted(contents, key=itemgetter(0))  # by rank, which they mostly are already
     files, ranks = set(file_bytes), set(image_bytes)
     while True:
         targets = _match(entries, contents, earlier, files, ranks)
@@ -141,13 +158,16 @@ def _match(
     owners: dict[Content, Entry] = {}
     for entry in entries:
         content = contents[entry]
-        place, owner = earlier.get(content), owners.get(content)
-        if entry.rank in ranks and place is not None and place.file in files:
-            targets[entry] = place
-        elif entry.rank in ranks and owner is not None and owner.rank < entry.rank:
-            targets[entry] = owner
-        else:
-            owners.setdefault(content, entry)
+        if entry.rank in ranks:
+            place = earlier.get(content)
+            if place is not None and place.file in files:
+                targets[entry] = place
+                continue
+            owner = owners.get(content)
+            if owner is not None and owner.rank < entry.rank:
+                targets[entry] = owner
+                continue
+        owners.setdefault(content, entry)
     return targets
 
 
@@ -164,5 +184,5 @@ def _weak_ranks(
 ) -> set[int]:
     saved: dict[int, int] = defaultdict(int)
     for entry in targets:
-        saved[entry.rank] += contents[entry].size_bytes
+        saved[entry.rank] += size_bytes(contents[entry])
     return {rank for rank, size in saved.items() if size < MIN_SAVED_SHARE * image_bytes[rank]}

@@ -18,7 +18,7 @@ from ckptd.plugin import FrameworkSpec, hookimpl
 from ckptd.storage import image as shard
 from ckptd.storage import manifest
 from ckptd.storage.digest import tensor_digest
-from ckptd.storage.selection import chunks_for
+from ckptd.storage.selection import own_chunk
 from ckptd.types import TensorSpan
 
 FAULTS: dict[str, Callable[[], object]] = {}
@@ -95,8 +95,7 @@ class BytesBinding:
         _fault("restore")
         read = manifest.parse(json.dumps(offered.document).encode(), "that is offered")
         entries = {
-            name: chunks_for(tensor, self._membership.rank, read.world_size, (0,), tensor.shape or (0,))[0]
-            for name, tensor in read.tensors.items()
+            name: own_chunk(tensor, self._membership.rank, read.world_size) for name, tensor in read.tensors.items()
         }
         opened = offered.open(sorted({chunk.file for chunk in entries.values()}))
         found = {name: _read(name, chunk, opened[chunk.file]) for name, chunk in entries.items()}

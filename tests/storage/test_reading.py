@@ -77,6 +77,7 @@ def small_leaves(monkeypatch: pytest.MonkeyPatch) -> int:
     for module in ("source", "reading"):
         monkeypatch.setattr(f"ckptd.storage.{module}.REQUEST_BYTES", 8 * KIB)
     monkeypatch.setattr(reading, "_BLOCK_BYTES", 3000)
+    monkeypatch.setattr(reading, "_SMALL_BYTES", 2000)
     monkeypatch.setattr(reading, "_GAP_BYTES", 700)
     return 8 * KIB
 
@@ -238,6 +239,25 @@ def test_small_neighbours_are_read_together(tmp_path: Path, monkeypatch: pytest.
         read(wants, {"f": descriptor}, threads=2, direct=True)
     target.check(data)
     assert len(calls) <= len(data) // LEAF_BYTES + 2
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_one_of_many_small_leaves(tmp_path: Path, place: str) -> None:
+    """Among small leaves that are read together, one that differs is named, and one without a digest is not missed."""
+    data = pattern(300 * 1000)
+    target = Target(len(data))
+    wants = [
+        Want(f"t{at}", chunk_of(data, at, at + 1000, digested=at % 3 > 0), 0, 1000, target.address + at)
+        for at in range(0, len(data), 1000)
+    ]
+    with stored(place, tmp_path, data) as descriptor:
+        read(wants, {"f": descriptor}, threads=1, direct=place == "direct")
+        target.check(data)
+        os.pwrite(descriptor, b"other", 201_990)  # the end of one without a digest
+        read(wants, {"f": descriptor}, threads=1, direct=place == "direct")
+        os.pwrite(descriptor, b"other", 100_990)
+        with pytest.raises(DamagedError, match=r"'t100000' in f is damaged: bytes 100000 to 101000 are not"):
+            read(wants, {"f": descriptor}, threads=1, direct=place == "direct")
 
 
 @pytest.mark.parametrize("place", ["memory", "direct"])

@@ -8,9 +8,8 @@ import json
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,23 +22,20 @@ SEQUENCES: Mapping[str, type] = {kind.__name__: kind for kind in (list, tuple, d
 _SETS: Mapping[str, type] = {"set": set, "frozenset": frozenset}
 
 
-@dataclass(frozen=True, slots=True)
-class ValueNode:
+class ValueNode(NamedTuple):
     """A value that holds no tensor; made once, used once."""
 
     value: Any
 
 
-@dataclass(frozen=True, slots=True)
-class TensorNode:
+class TensorNode(NamedTuple):
     """A tensor, or a NumPy array that was captured as one."""
 
     name: str
     is_array: bool
 
 
-@dataclass(frozen=True, slots=True)
-class MappingNode:
+class MappingNode(NamedTuple):
     """A dict or one of its standard subclasses."""
 
     kind: str
@@ -52,8 +48,7 @@ class MappingNode:
         return next((item for name, item in self.items if name == key), None)
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceNode:
+class SequenceNode(NamedTuple):
     """A list, tuple or deque."""
 
     kind: str
@@ -61,8 +56,7 @@ class SequenceNode:
     maxlen: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectNode:
+class ObjectNode(NamedTuple):
     """An object with a state of its own."""
 
     kind: str
@@ -75,8 +69,7 @@ class ObjectNode:
 Node = ValueNode | TensorNode | MappingNode | SequenceNode | ObjectNode
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """A whole values blob: nodes by name, and what the header can't say about tensors."""
 
     entries: dict[str, Node]
@@ -132,12 +125,13 @@ def plain(node: Node) -> Any:
 
 
 def _pairs(flat: list[Any]) -> list[tuple[Any, Node]]:
-    return [(_value(key), _decode(value)) for key, value in zip(flat[::2], flat[1::2], strict=True)]
+    keys = [_value(key) if isinstance(key, list) else key for key in flat[::2]]
+    return list(zip(keys, map(_decode, flat[1::2]), strict=True))
 
 
 def _flat(_: str, kind: str, prefix: str, keys: str) -> Node:
     return MappingNode(
-        MAPPINGS[kind].__name__, [(key, TensorNode(f"{prefix}.{key}", is_array=False)) for key in keys.split("\n")]
+        MAPPINGS[kind].__name__, [(key, TensorNode(f"{prefix}.{key}", False)) for key in keys.split("\n")]
     )
 
 

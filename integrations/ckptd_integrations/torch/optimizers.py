@@ -23,7 +23,7 @@ _COUNTER = "step"
 _IN_OPTIMIZER = "in the optimizer"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ParameterState:
     """One tensor of an optimizer's state: of which parameter, and what the optimizer has there already."""
 
@@ -143,5 +143,10 @@ def _keep_precision(optimizer: Optimizer, state: dict[str, Any]) -> None:
             live = optimizer.state.get(parameter, {})
             for key, value in captured.get(index, {}).items():
                 loaded = live.get(key)
-                if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                if (
+                    loaded is not value
+                    and isinstance(value, Tensor)
+                    and isinstance(loaded, Tensor)
+                    and loaded.dtype != value.dtype
+                ):
                     live[key] = value.to(loaded.device)

@@ -21,7 +21,7 @@ from ckptd.storage import manifest as manifests
 from ckptd.storage.image import VALUES_NAME, read_values
 from ckptd.storage.manifest import RANK, Manifest
 from ckptd.storage.reading import Want
-from ckptd.storage.selection import chunks_for
+from ckptd.storage.selection import own_chunk
 from ckptd.types import TensorSpan
 from ckptd_integrations.torch.copying import copy_threads
 from ckptd_integrations.torch.fitting import Fitter
@@ -91,7 +91,7 @@ def _values(manifest: Manifest, offered: OfferedCheckpoint, rank: int) -> bytes:
     stored = manifest.tensors.get(VALUES_NAME)
     if stored is None:
         raise DamagedError("the checkpoint has no values: it was not written by ckptd, or not completely")
-    chunk = chunks_for(stored, rank, manifest.world_size, (), ())[0]
+    chunk = own_chunk(stored, rank, manifest.world_size)
     size = chunk.end - chunk.begin
     buffer = ctypes.create_string_buffer(size)
     read_wants([Want(VALUES_NAME, chunk, 0, size, ctypes.addressof(buffer))], offered, 1)

@@ -1,11 +1,14 @@
 """The tensors of a checkpoint as sources of a restore: checked first, read after, straight into their targets.
 
-What is noted here is a plan until `read` is called: it costs no byte of the checkpoint, and changes nothing.
+What is noted here is a plan until `read` is called: it costs no byte of the checkpoint, and changes nothing. Of ten
+thousand tensors nearly all are ordinary: contiguous in main memory, and one chunk as the checkpoint has them. Of those
+nothing is noted but the chunk, and a glance tells that they fit; all else is looked at closely.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import repeat
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,17 +19,20 @@ from ckptd.client.framework import Membership, OfferedCheckpoint
 from ckptd.errors import DamagedError, StateError
 from ckptd.storage.manifest import JOB, RANK, Chunk, StoredTensor
 from ckptd.storage.reading import Want, read
-from ckptd.storage.selection import chunks_for
+from ckptd.storage.selection import own_chunk
 from ckptd_integrations.torch import dtensor_restore
 from ckptd_integrations.torch.local_boxes import LocalBox, is_dtensor, local_boxes, unsupported_placement
 from ckptd_integrations.torch.nodes import Document
-from ckptd_integrations.torch.tensors import DTYPES, View, dtype_name, unsupported_kind
+from ckptd_integrations.torch.tensors import DTYPES, PLAIN_TYPES, View, dtype_name, unsupported_kind
 from ckptd_integrations.torch.transfers import transfers, whole
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+_CPU = torch.device("cpu")
 _ORDINARY = View(None, None, None)
+_ORDINARY_DTYPES = {name: dtype for name, dtype in DTYPES.items() if not dtype.is_complex}
+"""A complex tensor may be one that is to be conjugated when it is read."""
 
 
 class _Source(NamedTuple):
@@ -61,8 +67,15 @@ class CheckpointTensors:
         self._stored, self._world_size, self._membership = stored, world_size, membership
         self._aliases = document.aliases
         self._views = document.views
+        self._ordinary = _ordinary_chunks(stored, membership.rank, world_size)
+        """By name, the chunks that are all of a tensor, as long as nobody has asked for it."""
+        for name in (*document.aliases, *document.views):
+            self._ordinary.pop(name, None)
         self._sources: dict[str, _Source] = {}
+        self._whole: dict[str, tuple[Chunk, Tensor]] = {}
+        """Ordinary tensors, by name: which chunk is copied to which tensor."""
         self._reads: dict[str, list[_Target]] = {}
+        """All others, by the name that they are stored as."""
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._filled: list[Tensor] = []
 
@@ -92,9 +105,13 @@ class CheckpointTensors:
 
     def fill(self, name: str, target: Tensor, path: str, where: str) -> None:
         """Check like `check`, and note that `target` is to be filled by `read`."""
-        self.check(name, target, path, where)
+        chunk = self._ordinary.pop(name, None)
+        if chunk is not None and _is_ordinary(target, chunk):
+            self._whole[name] = chunk, target
+        else:
+            self.check(name, target, path, where)
+            self._note(self._find(name), target)
         self._filled.append(target)
-        self._note(self._find(name), target)
 
     def make(self, name: str, like: Tensor | None = None, device: torch.device | None = None) -> Tensor:
         """Return a new tensor that `read` will fill, with the strides and kind of device of the captured one.
@@ -102,6 +119,12 @@ class CheckpointTensors:
         Where `like` is a DTensor of the same shape, it is shared out as that one is; `device` overrules the captured
         one.
         """
+        if (device is None or device.type == "cpu") and (like is None or not is_dtensor(like)):
+            chunk = self._ordinary.pop(name, None)
+            if chunk is not None:
+                made = torch.empty(chunk.shape, dtype=DTYPES[chunk.dtype], device=_CPU)
+                self._whole[name] = chunk, made
+                return made
         source = self._find(name)
         shape, dtype = source.shape, source.dtype
         if is_dtensor(like) and self._same_shape(source, like):
@@ -117,6 +140,9 @@ class CheckpointTensors:
 
     def fits(self, name: str, target: Tensor) -> bool:
         """Return whether `target` is of the shape and dtype of the tensor `name` and can be filled."""
+        chunk = self._ordinary.get(name)
+        if chunk is not None and _is_ordinary(target, chunk):
+            return True
         source = self._find(name)
         return self._same_shape(source, target) and target.dtype == source.dtype and _unfillable(target) is None
 
@@ -142,7 +168,10 @@ class CheckpointTensors:
 
         Raises `DamagedError` naming file and tensor.
         """
-        wants = list(self._wants())
+        chunks = [chunk for chunk, _ in self._whole.values()]
+        sizes = [chunk.end - chunk.begin for chunk in chunks]
+        addresses = [target.data_ptr() for _, target in self._whole.values()]
+        wants = [*map(Want, self._whole, chunks, repeat(0), sizes, addresses), *self._wants()]
         read_wants(wants, offered, threads)
         for device in {target.device for target in self._targets() if target.is_cuda}:
             torch.cuda.synchronize(device)
@@ -161,7 +190,9 @@ class CheckpointTensors:
             stored = self._stored.get(first)
             if stored is None:
                 raise DamagedError(f"tensor {name!r} is missing from a checkpoint whose values name it")
-            own = stored.chunks[0] if stored.placement == JOB else self._own(stored)
+            own = stored.chunks[0]
+            if stored.placement != JOB:
+                own = own_chunk(stored, self._membership.rank, self._world_size)
             bytes_shape = own.shape if stored.placement != JOB or stored.shape is None else stored.shape
             dtype, shape, view = DTYPES[own.dtype], bytes_shape, self._views.get(first, _ORDINARY)
             if view.dtype is not None:
@@ -186,11 +217,6 @@ class CheckpointTensors:
             and tensor.to_local().shape == source.shape
         )
 
-    def _own(self, stored: StoredTensor) -> Chunk:
-        if len(stored.chunks) == 1:
-            return stored.chunks[0]
-        return chunks_for(stored, self._membership.rank, self._world_size, (), ())[0]
-
     def _note(self, source: _Source, tensor: Tensor) -> None:
         target = _Target(tensor, None)
         if is_dtensor(tensor):
@@ -202,8 +228,10 @@ class CheckpointTensors:
             ordinary = torch.empty_like(target.local).resolve_conj().resolve_neg()
             self._copies.append((target.local, ordinary))
             target = target._replace(local=ordinary)
+        self._ordinary.pop(source.stored.name, None)
+        whole = self._whole.get(source.stored.name)
         noted = self._reads.setdefault(source.stored.name, [])
-        for earlier in noted:
+        for earlier in noted if whole is None else (_Target(whole[1], None), *noted):
             if earlier.boxes == target.boxes:
                 if not _is_same(earlier.local, target.local):
                     self._copies.append((target.local, earlier.local))
@@ -233,6 +261,31 @@ def read_wants(wants: list[Want], offered: OfferedCheckpoint, threads: int) -> N
     """Have the reading engine deliver `wants` from the files they lie in."""
     files = offered.open(sorted({want.chunk.file for want in wants}))
     read(wants, files, threads=threads, direct=not offered.in_memory)
+
+
+def _ordinary_chunks(stored: Mapping[str, StoredTensor], rank: int, world_size: int) -> dict[str, Chunk]:
+    """Return by name the chunks that are all of a tensor as this rank wants it, and have bytes."""
+    found = {}
+    for name, tensor in stored.items():
+        chunk = tensor.chunks[0] if tensor.placement == JOB else own_chunk(tensor, rank, world_size)
+        if chunk.begin < chunk.end and (tensor.placement == RANK or chunk.shape == tensor.shape):
+            found[name] = chunk
+    return found
+
+
+def _is_ordinary(target: Tensor, chunk: Chunk) -> bool:
+    """Return whether the bytes of a chunk, as they are, are what a tensor is to have at its address."""
+    return (
+        type(target) in PLAIN_TYPES
+        and target.dtype is _ORDINARY_DTYPES.get(chunk.dtype)
+        and target.layout is torch.strided
+        and not target.is_nested
+        and target.shape == chunk.shape
+        and target.is_cpu
+        and target.is_contiguous()
+        and not target.is_neg()
+        and target.data_ptr() != 0
+    )
 
 
 def _with_pair(numbers: tuple[int, ...], last: int) -> tuple[int, ...]:

@@ -249,6 +249,59 @@ def test_nothing_aliases_the_image(harness):
         assert image == keep
 
 
+def freed(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+UNFILLABLE = {
+    "a tensor of layout sparse_coo": torch.Tensor.to_sparse,
+    "a nested tensor": lambda tensor: torch.nested.nested_tensor([tensor]),
+    "a meta tensor": lambda tensor: tensor.to("meta"),
+    "a tensor without memory": freed,
+}
+"""What can be made of a tensor that nothing can be put into any more, by how that is called."""
+
+
+@pytest.mark.parametrize("kind", UNFILLABLE)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_targets_that_can_not_be_filled(harness, kind):
+    """A bound tensor that can't take bytes is named with what it is, though an ordinary one was captured."""
+    binding = harness.bind(x=UNFILLABLE[kind](torch.ones(3)))
+    with Offered([harness.capture(x=torch.zeros(3))]) as offered, pytest.raises(StateError) as refused:
+        binding.restore(offered)
+    assert refused.value.message == f"tensor 'x' can't be filled: in the bound state it is {kind}"
+
+
+def test_targets_that_show_their_elements_otherwise(harness):
+    """Negated, stepped and expanded views get what they showed when an ordinary tensor was captured."""
+    x = torch.arange(3.0)
+    targets = {
+        "negated": torch._neg_view(torch.zeros(3)),
+        "stepped": torch.zeros(6)[::2],
+        "reversed order": torch.zeros(3, 3).t()[0],
+        "whole": torch.zeros(3),
+    }
+    image = harness.capture(state={name: x.clone() for name in targets})
+    harness.restore(image, state=targets)
+    for name, tensor in targets.items():
+        assert torch.equal(tensor, x), name
+
+
+def test_names_of_one_tensor_in_any_order(harness):
+    """What was captured once under several names is restored under each, whichever is bound first, and as what."""
+    x = torch.arange(4.0).view(2, 2)
+    image = harness.capture(first=x, second=x, third=x)
+    targets = {"third": torch.zeros(2, 2), "second": torch.zeros(2, 2).t(), "first": torch.zeros(2, 2)}
+    made = harness.restore(image, **targets)
+    assert all(made[name] is tensor and torch.equal(tensor, x) for name, tensor in targets.items())
+    made = harness.restore(image, third=None, second=targets["second"].zero_(), first=None)
+    assert all(torch.equal(tensor, x) for tensor in made.values())
+    same = torch.zeros(2, 2)
+    harness.restore(image, first=same, second=same, third=same)
+    assert torch.equal(same, x)
+
+
 def test_filled_in_place(harness):
     """Parameters, buffers, tensors and arrays stay the same objects and the same memory."""
     model, x, array = nn.BatchNorm1d(3), torch.zeros(2), np.zeros(2)

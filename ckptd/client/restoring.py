@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ckptd.client.framework import Binding
+from ckptd.client.garbage import no_collections
 from ckptd.client.session import MAX_FILES, Session
 from ckptd.errors import CkptdError, DamagedError, StateError, StoreError
 from ckptd.protocol import messages as m
@@ -63,7 +64,8 @@ def restore(session: Session, binding: Binding) -> Restored | None:
     session.page.words[Word.PHASE] = Phase.RESTORING
     offered = Offer(session, in_memory=bool(offer["in_memory"]))
     try:
-        binding.restore(offered)
+        with no_collections():  # all the objects of a plan live to its end
+            binding.restore(offered)
     except (StateError, DamagedError, StoreError) as error:
         with contextlib.suppress(CkptdError):
             session.tell(m.RestoreFailed(generation, step, error.to_json()))

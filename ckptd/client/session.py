@@ -10,6 +10,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ckptd.client.garbage import no_collections
 from ckptd.errors import AgentError, ProtocolError
 from ckptd.protocol import messages as m
 from ckptd.protocol.channel import Channel, expect
@@ -152,7 +153,8 @@ class Session:
 
 def _read_document(descriptor: int) -> dict[str, Any]:
     try:
-        document = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+        with no_collections():
+            document = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
     except ValueError as error:
         raise ProtocolError("the manifest of the offered checkpoint is not JSON") from error
     if not isinstance(document, dict):

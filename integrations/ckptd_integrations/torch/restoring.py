@@ -7,10 +7,8 @@ objects load what was made for them, set the generators. World size and mesh may
 from __future__ import annotations
 
 import ctypes
-import gc
 import warnings
 from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +38,7 @@ def restore(state: dict[str, Any], offered: OfferedCheckpoint, membership: Membe
     the tensor whose bytes are not what was sealed; then objects may be filled in part.
     """
     # What is made here is trained on, in whatever mode the script is now.
-    with torch.inference_mode(mode=False), torch.no_grad(), _no_collections():
+    with torch.inference_mode(mode=False), torch.no_grad():
         generators, warning = _fill(state, offered, membership, rng=rng)
     if generators is not None:
         # Last, because code that loads a state may draw random numbers.
@@ -72,18 +70,6 @@ def _fill(
         own = {name for node in nodes.values() for name in _generators(node)}
         warning = _differences(manifest, membership.world_size, own)
     return generators, warning
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Keep the garbage collector away: all the objects of a plan live to its end, and it would look at them often."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _values(manifest: Manifest, offered: OfferedCheckpoint, rank: int) -> bytes:

@@ -101,24 +101,8 @@ def flush(
 ) -> Flushed:
     """Make every shard of a snapshot durable; with `known` None every file is the slot's image.
 
-    Raises the first error when every part has ended, and keeps no view of a slot, not even in its traceback.
+    Raises the first error when every part has ended. Its traceback refers to slots, until `forget_frames`.
     """
-    try:
-        return _flush(where, images, shards, known, pool)
-    except CkptdError as error:
-        _forget_frames(error)
-        raise
-    finally:
-        del images
-
-
-def _flush(
-    where: Where,
-    images: Mapping[int, memoryview],
-    shards: Shards,
-    known: Known | None,
-    pool: Executor,
-) -> Flushed:
     doubtful = (
         frozenset[Entry]() if known is None else reuse.doubtful(shards.spans, known.earlier.contents, known.history)
     )
@@ -250,7 +234,7 @@ def _held(
     return found
 
 
-def _forget_frames(error: CkptdError) -> None:
+def forget_frames(error: CkptdError) -> None:
     """Let go of what the frames of an error, and of those that led to it, refer to: it may outlive the slots."""
     link: BaseException | None = error
     while link is not None:

@@ -153,6 +153,9 @@ class JobStore:
             document = self._document(order, flushed.stored)
             self.tier.put(key, document, create_only=True)
             self._remember(order.id, flushed)
+        except CkptdError as error:
+            flushing.forget_frames(error)
+            raise
         finally:
             del images  # an error's traceback must not keep them
             with self._lock:
@@ -168,7 +171,13 @@ class JobStore:
 
         Raises `DamagedError` when a slot holds no image, `StateError` when the ranks' images don't fit together.
         """
-        return self._document(order, flushing.describe(shards_of(images, self._shards), None))
+        try:
+            return self._document(order, flushing.describe(shards_of(images, self._shards), None))
+        except CkptdError as error:
+            flushing.forget_frames(error)
+            raise
+        finally:
+            del images
 
     def _document(self, order: Flush, described: Described) -> bytes:
         document = manifest.build(

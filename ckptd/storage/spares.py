@@ -32,6 +32,8 @@ from ckptd.storage.image import round_up
 _OF_ONE_MACHINE = frozenset({0xEF53, 0x58465342})
 """ext4 (2 and 3 too) and XFS, as `statfs` names them. Of others that belong to one machine btrfs and ZFS never write
 over blocks, and tmpfs is no disk."""
+_FOLDERS = 8
+"""How many of the last folders say how large a checkpoint is: what is pruned now was put a while ago."""
 _STATFS_BYTES = 512
 """More than the structure has anywhere; the type comes first in it."""
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -57,35 +59,31 @@ class Spares:
         """The spares that may be taken, by name."""
         self._is_begun = False
         self._is_possible = False
-        self._last_put: tuple[Path, dict[str, int]] = (folder, {})
-        """The folder that was put to last, and the sizes of what was put there."""
+        self._puts: dict[Path, dict[str, int]] = {}
+        """The last folders that were put to, and the sizes of what was put there."""
         self._looks: tuple[int, int, int] | None = None
         """Owner, group, kind and mode of the files that this process puts."""
-        self._most_files = self._most_bytes = 0
 
     def note(self, path: Path) -> None:
         """Note that a large file was put: the files put to one folder, a checkpoint's, bound what is kept."""
         with contextlib.suppress(OSError), self._lock:  # pruned already
             found = path.stat()
-            if self._last_put[0] != path.parent:
-                self._last_put = path.parent, {}
-            sizes = self._last_put[1]
-            sizes[path.name] = found.st_size
+            self._puts.setdefault(path.parent, {})[path.name] = found.st_size
+            if len(self._puts) > _FOLDERS:
+                del self._puts[next(iter(self._puts))]
             self._looks = _looks(found)
-            self._most_files = max(self._most_files, len(sizes))
-            self._most_bytes = max(self._most_bytes, sum(sizes.values()))
 
     def keep(self, path: Path, min_bytes: int) -> bool:
         """Make a spare of a file instead of deleting it, durably; return False when the caller has to delete it.
 
-        All spares together are at most as many files, and bytes, as the most that this tier has put to one folder. So
-        a process that only prunes keeps nothing, one that flushes and prunes in turn keeps what the next flush needs,
-        and of many files that are pruned at once only as much stays. What is small, or looks unlike the files that
-        this process puts, is not kept.
+        All spares together are at most as many files, and bytes, as this tier has put to one of the last folders;
+        older spares make room. So a process that only prunes keeps nothing, one that flushes and prunes in turn keeps
+        what the next flush needs, and of many files that are pruned at once only as much stays. What is small, or looks
+        unlike the files that this process puts, is not kept.
         """
         try:
             found = path.lstat()
-            if found.st_size < min_bytes or not self._has_room(found):
+            if found.st_size < min_bytes or not self._may_keep(found):
                 return False
             spare = self._folder / f"{self._folder.name}-{os.urandom(8).hex()}"  # as invisible as the folder
             make_folders(self._folder)
@@ -99,11 +97,12 @@ class Spares:
             spare.unlink(missing_ok=True)  # it may come back under its key, so nothing may be written over it
             raise
         with self._lock:
-            is_kept = self._has_room_now(found)  # another thread may have kept one meanwhile
-            if is_kept:
-                self._sizes[spare.name] = found.st_size
-        if not is_kept:
-            spare.unlink(missing_ok=True)
+            self._sizes[spare.name] = found.st_size
+            superfluous = self._superfluous()
+            for name in superfluous:
+                del self._sizes[name]
+        for name in superfluous:
+            (self._folder / name).unlink(missing_ok=True)
         return True
 
     def take(self, to: Path, size_bytes: int) -> int | None:
@@ -119,6 +118,7 @@ class Spares:
             del self._sizes[name]
         spare = self._folder / name
         try:
+            os.utime(spare)  # it is in use from now on: no sweep may take it for a left-over
             spare.rename(to)
             return _open_private(to, size_bytes)
         except OSError:
@@ -156,17 +156,22 @@ class Spares:
             self._is_possible = _filesystem(self._folder.parent) in _OF_ONE_MACHINE
         self.remove()
 
-    def _has_room(self, found: os.stat_result) -> bool:
+    def _may_keep(self, found: os.stat_result) -> bool:
         with self._lock:
-            return self._has_room_now(found)
+            most_bytes = max((sum(sizes.values()) for sizes in self._puts.values()), default=0)
+            return self._is_possible and self._looks == _looks(found) and found.st_size <= most_bytes
 
-    def _has_room_now(self, found: os.stat_result) -> bool:
-        return (
-            self._is_possible
-            and self._looks == _looks(found)
-            and len(self._sizes) < self._most_files
-            and sum(self._sizes.values()) + found.st_size <= self._most_bytes
-        )
+    def _superfluous(self) -> list[str]:
+        """Return which spares have to go, the oldest first."""
+        most_files = max((len(sizes) for sizes in self._puts.values()), default=0)
+        most_bytes = max((sum(sizes.values()) for sizes in self._puts.values()), default=0)
+        names = list(self._sizes)
+        kept_bytes = sum(self._sizes.values())
+        count = 0
+        while len(names) - count > most_files or kept_bytes > most_bytes:
+            kept_bytes -= self._sizes[names[count]]
+            count += 1
+        return names[:count]
 
 
 def _looks(found: os.stat_result) -> tuple[int, int, int]:

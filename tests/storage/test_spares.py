@@ -89,6 +89,19 @@ def test_bytes_are_bounded_too(tier: LocalTier) -> None:
     assert spare_sizes(tier) == [4 * MIB]
 
 
+def test_spares_follow_the_size_of_checkpoints(tier: LocalTier) -> None:
+    """When checkpoints become much smaller, spares that fit nothing any more make room for those that do."""
+    for step in range(2):
+        tier.put(f"job/s{step}/a", aligned(16 * MIB))
+    for step in range(2):
+        tier.delete(f"job/s{step}/a")
+    for step in range(2, 14):
+        tier.put(f"job/s{step}/a", aligned(4 * MIB))
+        if step > 2:
+            tier.delete(f"job/s{step - 1}/a")
+    assert spare_sizes(tier) == [4 * MIB]
+
+
 def test_files_are_bounded_too(tier: LocalTier) -> None:
     """Of many small files that one large one would have room for as many are kept as were put to one folder."""
     for step, size in enumerate((4 * MIB, MIB, MIB, MIB)):

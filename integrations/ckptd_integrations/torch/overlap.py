@@ -14,6 +14,7 @@ is replayed as a CUDA graph runs no hook: so an image is copied beside training 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import threading
@@ -86,6 +87,9 @@ class CopyThread:
         try:
             return self._pool.submit(copy)
         except RuntimeError:
+            # It is queued all the same: another thread, started for the next copy, would write a sealed slot.
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
             done: Future[None] = Future()
             copy()
             done.set_result(None)
@@ -99,7 +103,8 @@ class CopyThread:
 
 
 def _be_nice() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # of this thread, and of those it starts
+    with contextlib.suppress(PermissionError):  # it is nicer already
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # of this thread, and of those it starts
 
 
 class PendingCopy:

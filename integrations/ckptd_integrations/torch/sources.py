@@ -224,18 +224,19 @@ class CheckpointTensors:
             target = _Target(tensor.to_local(), boxes)
         if not target.local.numel():
             return
-        if target.local.is_conj() or target.local.is_neg():
-            ordinary = torch.empty_like(target.local).resolve_conj().resolve_neg()
-            self._copies.append((target.local, ordinary))
-            target = target._replace(local=ordinary)
+        lazy = target.local.is_conj() or target.local.is_neg()
         self._ordinary.pop(source.stored.name, None)
         whole = self._whole.get(source.stored.name)
         noted = self._reads.setdefault(source.stored.name, [])
         for earlier in noted if whole is None else (_Target(whole[1], None), *noted):
             if earlier.boxes == target.boxes:
-                if not _is_same(earlier.local, target.local):
+                if lazy or not _is_same(earlier.local, target.local):
                     self._copies.append((target.local, earlier.local))
                 return
+        if lazy:
+            ordinary = torch.empty_like(target.local).resolve_conj().resolve_neg()
+            self._copies.append((target.local, ordinary))
+            target = target._replace(local=ordinary)
         noted.append(target)
 
     def _wants(self) -> Iterator[Want]:

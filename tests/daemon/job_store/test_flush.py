@@ -135,6 +135,22 @@ def test_a_failure_lets_go_of_the_slots(tmp_path: Path, pool: ThreadPoolExecutor
     assert kept.value.message == "the disk is full"
 
 
+@pytest.mark.parametrize("describe", [False, True])
+def test_an_image_that_is_none_is_let_go(store: JobStore, describe: bool) -> None:
+    """The error that says that a slot holds no image refers to no slot, be it flushed or described."""
+    view = make_image({"weight": pattern(1)})
+    view[:64] = bytes(64)
+    item = view.obj
+    with pytest.raises(DamagedError) as kept:
+        if describe:
+            store.snapshot_document(order({0: view}), {0: view})
+        else:
+            store.flush(order({0: view}), {0: view})
+    view.release()
+    item.close()  # complains while anybody looks at it
+    assert "header" in kept.value.message
+
+
 def test_one_thread_is_enough(tier: LocalTier) -> None:
     """A flush needs no more threads than there are: it waits for none of its own parts in the pool."""
     with ThreadPoolExecutor(1) as one:

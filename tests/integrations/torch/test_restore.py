@@ -288,6 +288,15 @@ def test_targets_that_show_their_elements_otherwise(harness):
         assert torch.equal(tensor, x), name
 
 
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_one_tensor_shown_in_two_ways(harness, order):
+    """What was captured once under two names comes back under both, though one of them is bound to a negated view."""
+    x = torch.arange(1.0, 5)
+    targets = {"a": torch.zeros(4), "b": torch._neg_view(torch.zeros(4))}
+    harness.restore(harness.capture(a=x, b=x), **{name: targets[name] for name in order})
+    assert all(torch.equal(tensor, x) for tensor in targets.values())
+
+
 def test_names_of_one_tensor_in_any_order(harness):
     """What was captured once under several names is restored under each, whichever is bound first, and as what."""
     x = torch.arange(4.0).view(2, 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 from ckptd.errors import ConfigError
 from ckptd.protocol import endpoint
 from ckptd.storage.keys import check_job
+from ckptd.store_config import DEFAULT_KEEP_LAST, StoreConfig, absolute_stores, read_stores
 from ckptd.units import parse_duration, parse_size
 
 DEFAULT_PRELOAD = ("torch",)
@@ -54,10 +54,10 @@ class JobConfig:
 
     name: str
     command: tuple[str, ...]
-    store: str
+    stores: tuple[StoreConfig, ...]
+    """The tiers, fastest first."""
     nproc: int = 1
     every_s: float = 30.0
-    keep_last: int = 3
     max_restarts: int = 100
     preload: tuple[str, ...] = DEFAULT_PRELOAD
     """Modules that the launcher imports before it forks; none: every rank is started by plain exec."""
@@ -78,7 +78,6 @@ class JobConfig:
         check_job(self.name)
         _require(1 <= self.nproc <= MAX_NPROC, f"nproc is {self.nproc}", f"it must be from 1 to {MAX_NPROC}")
         _require(0 < self.every_s < math.inf, f"every is {self.every_s:g} s", "it must be longer than nothing")
-        _require(self.keep_last >= 1, f"keep_last is {self.keep_last}", "at least 1 checkpoint must stay")
         _require(self.max_restarts >= 0, f"max_restarts is {self.max_restarts}", "0 means that no restart is made")
         _require(1 <= self.slots <= 8, f"slots is {self.slots}", "from 1 to 8; 2 keep one sealed while one is written")
         _require(
@@ -87,7 +86,7 @@ class JobConfig:
             "0 means that flushes are not bounded",
         )
         _require(self.overlap in OVERLAPS, f"overlap is {self.overlap!r}", f"use {', '.join(OVERLAPS[:-1])} or off")
-        _require(bool(self.store), "no store is named", "say where checkpoints go, like --store ./runs")
+        _require(bool(self.stores), "no store is named", "say where checkpoints go, like --store ./runs")
 
     @property
     def supervised(self) -> bool:
@@ -96,7 +95,8 @@ class JobConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that crosses the socket and stands in the journal."""
-        data = dataclasses.asdict(self)
+        data = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        data["store"] = [store.to_json() for store in data.pop("stores")]
         data["env"] = dict(self.env)
         return data
 
@@ -110,6 +110,7 @@ class JobConfig:
         for key in ("name", "command", "store"):
             _require(key in data, f"the job's settings lack {key!r}", _EXAMPLE)
         values: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in data.items()}
+        values["stores"] = read_stores(values.pop("store"), values.pop("keep_last", DEFAULT_KEEP_LAST))
         return cls(**values)
 
 
@@ -132,22 +133,16 @@ def load_job_file(path: Path) -> JobConfig:
     cwd = data.setdefault("cwd", ".")
     if isinstance(cwd, str):
         data["cwd"] = str(folder / cwd)
-    if isinstance(data.get("store"), str):
-        data["store"] = absolute_store(data["store"], folder)
     _require(
         bool(data.get("command")), f"{path} names no command", 'write it like command = ["train.py", "--steps", "10"]'
     )
-    return JobConfig.from_json(data)
+    config = JobConfig.from_json(data)
+    return dataclasses.replace(config, stores=absolute_stores(config.stores, folder))
 
 
 def parse_rate(text: str, what: str) -> int:
     """Return the bytes per second of "500MB/s" or "500MB"; raises `ConfigError` that names `what`."""
     return parse_size(text.strip().removesuffix("/s"), what)
-
-
-def absolute_store(store: str, folder: Path) -> str:
-    """Return a store that means the same from everywhere: URLs stay, paths become absolute."""
-    return store if "://" in store else os.path.normpath(folder / Path(store).expanduser())
 
 
 def _require(holds: bool, message: str, hint: str) -> None:
@@ -157,6 +152,10 @@ def _require(holds: bool, message: str, hint: str) -> None:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
+
+
+def _is_store(value: object) -> bool:
+    return isinstance(value, (str, list, tuple, dict))
 
 
 def _is_whole(value: object) -> bool:
@@ -182,7 +181,7 @@ def _is_table(value: object) -> bool:
 _SHAPES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "name": ("text", _is_text),
     "command": ("a list of strings", _is_list),
-    "store": ("text", _is_text),
+    "store": ("a path, a URL, a table, or a list of them", _is_store),
     "nproc": ("a whole number", _is_whole),
     "every_s": ("a number of seconds", _is_number),
     "keep_last": ("a whole number", _is_whole),

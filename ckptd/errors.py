@@ -55,6 +55,21 @@ class StoreError(CkptdError):
     retryable = True
 
 
+class FullError(StoreError):
+    """Raised when a tier has no room left; it may have after a prune, or when somebody makes some."""
+
+    code = "full"
+    exit_code = 13
+
+
+class RefusedError(StoreError):
+    """Raised when a tier refuses what no retry would change: credentials, permissions, a bucket that isn't there."""
+
+    code = "refused"
+    exit_code = 14
+    retryable = False
+
+
 class DamagedError(CkptdError):
     """Raised when stored bytes are not what their manifest says, or the manifest itself can't be read."""
 
@@ -121,6 +136,8 @@ _FAMILY: tuple[type[CkptdError], ...] = (
     ConfigError,
     NotFoundError,
     StoreError,
+    FullError,
+    RefusedError,
     DamagedError,
     MemoryBudgetError,
     StateError,

@@ -6,6 +6,7 @@ Nothing here does anything. Times named `_at` are seconds of the wall clock (for
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,6 +44,18 @@ class CheckpointRecord:
             "shards": self.shards,
             "world_size": self.world_size,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A checkpoint committed on a tier, and what retention asks about it."""
+
+    id: CheckpointId
+    committed_at: float = 0.0
+    size_bytes: int = 0
+    """What was written for it; files that it refers to are counted with the checkpoint that wrote them."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
 
 
 class Piece(NamedTuple):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptd.config import AgentConfig, JobConfig, absolute_store
+from ckptd.config import AgentConfig, JobConfig
 from ckptd.core import lineage
 from ckptd.errors import AgentError, ConfigError, NotFoundError
 from ckptd.journal import JobEntry, Journal
@@ -17,6 +18,8 @@ from ckptd.protocol.channel import Channel, expect, open_channel
 from ckptd.protocol.messages import Done, Message
 from ckptd.storage import catalog
 from ckptd.storage.tier import Tier
+from ckptd.store_config import StoreConfig, absolute_store
+from ckptd.tiers import JobTier, open_stores
 from ckptd.types import CheckpointId
 
 _CALL_DEADLINE_S = 10.0
@@ -25,20 +28,36 @@ LONG_CALL_DEADLINE_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class JobPlace:
-    """Where the checkpoints of a job are."""
+    """Where the checkpoints of a job are: a tier, and what the job calls it."""
 
     job: str
     tier: Tier
+    name: str
 
 
-def find_job(name: str, store: str | None) -> JobPlace:
-    """Return where a job's checkpoints are: in `store` when given, else where the journal says that it ran."""
+def find_job(name: str, store: str | None, tier: str | None = None) -> list[JobPlace]:
+    """Return where a job's checkpoints are: in `store` when given, else on every tier that the journal says it used.
+
+    A name with "://" in it is a place and a job in one: ``s3://bucket/runs/gpt``. With `tier`, only that of the
+    places is returned.
+    """
+    if "://" in name and store is None:
+        store, _, name = name.rstrip("/").rpartition("/")
     if store is None:
-        entry = known_job(name)
-        store = JobConfig.from_json(entry.config).store
+        chosen = JobConfig.from_json(known_job(name).config).stores
+    else:
+        chosen = (StoreConfig(absolute_store(store, Path.cwd())),)
     config = AgentConfig.from_environ(os.environ)
     manager = PluginManager(lambda *_: None, config.blocked_plugins)
-    return JobPlace(name, manager.open_tier(absolute_store(store, Path.cwd())))
+    if store is None:
+        opened = open_stores(chosen, manager, config.home)
+    else:  # just there, though it may be behind a network
+        alone = manager.open_tier(chosen[0].url)
+        opened = [JobTier(alone.name, alone, chosen[0])]
+    places = [JobPlace(name, item.tier, item.name) for item in opened if tier in (None, item.name)]
+    if not places:
+        raise NotFoundError(f"job {name} has no tier {tier}", hint=f"its tiers: {', '.join(i.name for i in opened)}")
+    return places
 
 
 def known_job(name: str) -> JobEntry:
@@ -56,27 +75,46 @@ def open_journal() -> Journal:
     return Journal(AgentConfig.from_environ(os.environ).home, read_only=True)
 
 
-def checkpoints(place: JobPlace) -> list[CheckpointId]:
-    """Return all committed checkpoints of a job, newest first; raises `NotFoundError` when the job is not there."""
-    held = catalog.holdings(place.tier, place.job)
-    if not held.parents and not held.committed:
+Copy = tuple[JobPlace, CheckpointId]
+"""A checkpoint on one of its tiers."""
+
+
+def checkpoints(places: Sequence[JobPlace]) -> list[Copy]:
+    """Return all committed checkpoints of a job, newest first; raises `NotFoundError` when the job is nowhere."""
+    found: list[Copy] = []
+    known = False
+    for place in places:
+        held = catalog.holdings(place.tier, place.job)
+        known = known or bool(held.parents or held.committed)
+        found += [(place, item) for item in held.committed]
+    if not known:
+        there = sorted({job for place in places for job in catalog.jobs(place.tier)})
         raise NotFoundError(
-            f"there is no job {place.job} in {place.tier.url}",
-            hint=f"jobs there: {', '.join(catalog.jobs(place.tier)) or 'none'}",
+            f"there is no job {places[0].job} in {_where(places)}", hint=f"jobs there: {', '.join(there) or 'none'}"
         )
-    return sorted(held.committed, reverse=True)
+    return sorted(found, key=lambda item: item[1], reverse=True)  # stable: of one checkpoint the faster tier's first
 
 
-def pick(place: JobPlace, step: int | None) -> CheckpointId:
-    """Return the newest checkpoint of the lineage, or that of `step`; raises `NotFoundError`."""
-    held = catalog.holdings(place.tier, place.job)
-    line = lineage.candidates(held.parents, held.committed)
+def pick(places: Sequence[JobPlace], step: int | None) -> list[Copy]:
+    """Return all copies of the newest checkpoint of the lineage, or of that of `step`; raises `NotFoundError`."""
+    parents: dict[int, CheckpointId | None] = {}
+    held_by: dict[CheckpointId, list[JobPlace]] = {}
+    for place in places:
+        held = catalog.holdings(place.tier, place.job)
+        parents |= held.parents
+        for item in held.committed:
+            held_by.setdefault(item, []).append(place)
+    line = lineage.candidates(parents, sorted(held_by))
     chosen = [item for item in line if step is None or item.step == step]
     if not chosen:
         known = ", ".join(str(item.step) for item in line[:10]) or "none"
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise NotFoundError(f"job {place.job} has {what} in {place.tier.url}", hint=f"newest steps: {known}")
-    return chosen[0]
+        raise NotFoundError(f"job {places[0].job} has {what} in {_where(places)}", hint=f"newest steps: {known}")
+    return [(place, chosen[0]) for place in held_by[chosen[0]]]
+
+
+def _where(places: Sequence[JobPlace]) -> str:
+    return ", ".join(place.tier.url for place in places)
 
 
 def step_number(text: str | None) -> int | None:

@@ -22,7 +22,7 @@ def register(verbs: Any) -> None:
     parser.add_argument("step", nargs="?", metavar="STEP", help="the newest one without it")
     parser.add_argument("--to", metavar="DIR", required=True, help="a folder that is empty, or does not exist yet")
     parser.add_argument("--format", default=_FORMATS[0], metavar="FORMAT", help=f"{', '.join(_FORMATS)} (default)")
-    parser.add_argument("--store", metavar="PATH", help="look here instead of where the job ran")
+    parser.add_argument("--store", metavar="PLACE", help="look here instead of where the job ran")
     parser.add_argument("--json", action="store_true", help="{generation, step, to, files, tensors, size_bytes}")
     parser.set_defaults(verb=run)
 
@@ -31,8 +31,7 @@ def run(options: argparse.Namespace) -> int:
     """Export one checkpoint, every byte checked on its way."""
     if options.format not in _FORMATS:
         raise ConfigError(f"there is no format {options.format!r}", hint=f"formats: {', '.join(_FORMATS)}")
-    place = find_job(options.job, options.store)
-    chosen = pick(place, step_number(options.step))
+    place, chosen = pick(find_job(options.job, options.store), step_number(options.step))[0]
     target = Path(options.to).absolute()
     written = export(place.tier, place.job, chosen, target)
     if options.json:

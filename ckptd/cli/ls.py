@@ -16,8 +16,9 @@ from ckptd.units import show_size
 def register(verbs: Any) -> None:
     """Add the verb."""
     parser = verbs.add_parser("ls", help="list a job's checkpoints")
-    parser.add_argument("job", metavar="JOB")
-    parser.add_argument("--store", metavar="PATH", help="look here instead of where the job ran")
+    parser.add_argument("job", metavar="JOB", help="its name, or where it is, like s3://bucket/runs/gpt")
+    parser.add_argument("--store", metavar="PLACE", help="look here instead of where the job ran")
+    parser.add_argument("--tier", metavar="NAME", help="look on this tier only")
     parser.add_argument(
         "--json",
         action="store_true",
@@ -29,11 +30,11 @@ def register(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """List the checkpoints, newest first; exit code 5 when a manifest can't be read."""
-    place = find_job(options.job, options.store)
+    places = find_job(options.job, options.store, options.tier)
     records, damaged = [], []
-    for checkpoint in checkpoints(place):
+    for place, checkpoint in checkpoints(places):
         try:
-            records.append(load_manifest(place.tier, place.job, checkpoint).record(place.tier.name))
+            records.append(load_manifest(place.tier, place.job, checkpoint).record(place.name))
         except DamagedError as error:
             damaged.append(error)
         except NotFoundError:
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
             )
             for item in records
         ]
-        show_table(columns, rows, f"job {place.job} has no checkpoint that can be read in {place.tier.url}")
+        show_table(columns, rows, f"job {places[0].job} has no checkpoint that can be read")
     for problem in damaged:
         print(f"ckptctl: damaged: {problem.message}", file=sys.stderr)
     return DamagedError.exit_code if damaged else 0

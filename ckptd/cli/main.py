@@ -17,7 +17,8 @@ _INTERRUPTED = 130
 _EPILOG = """\
 Exit codes: 0 done, 1 other error, 2 unusable arguments, 3 no such job or checkpoint, 4 store, 5 damaged data,
 6 not enough memory, 7 state can't be captured or restored, 8 no agent, 9 protocol, 10 job failed, 11 fenced off by
-another agent or generation, 12 plugin, 75 stopped on purpose (resumable), 130 interrupted.
+another agent or generation, 12 plugin, 13 store is full, 14 store refuses (credentials, permissions), 75 stopped on
+purpose (resumable), 130 interrupted.
 Environment: CKPTD_HOME (state, default ~/.local/state/ckptd), CKPTD_SOCKET, CKPTD_MEMORY_MAX, CKPTD_LOG_FORMAT.
 """
 

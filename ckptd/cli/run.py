@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ckptd.config import DEFAULT_PRELOAD, OVERLAPS, AgentConfig, JobConfig, absolute_store, parse_rate
+from ckptd.config import DEFAULT_PRELOAD, OVERLAPS, AgentConfig, JobConfig, parse_rate
 from ckptd.core import events as e
 from ckptd.daemon.agent import Agent
 from ckptd.daemon.supervisor import Supervisor
 from ckptd.errors import ConfigError
 from ckptd.log import set_up
+from ckptd.store_config import absolute_stores, read_stores
 from ckptd.units import parse_duration
 
 STOPPED = 75
@@ -36,7 +37,12 @@ def register(verbs: Any) -> None:
     )
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="how many ranks (default 1)")
     parser.add_argument("--every", default="30s", metavar="TIME", help='between checkpoints, like "5s" (default 30s)')
-    parser.add_argument("--store", default="./runs", metavar="PATH", help="where checkpoints go (default ./runs)")
+    parser.add_argument(
+        "--store",
+        action="append",
+        metavar="PLACE",
+        help="where checkpoints go: a path or a URL; several times, fastest first (default ./runs)",
+    )
     parser.add_argument("--name", metavar="NAME", help="the job's name (default: the script's)")
     parser.add_argument("--keep-last", type=int, default=3, metavar="N", help="checkpoints to keep (default 3)")
     parser.add_argument("--max-restarts", type=int, default=100, metavar="N", help="restarts to allow (default 100)")
@@ -100,10 +106,9 @@ def _job_config(options: argparse.Namespace) -> JobConfig:
     return JobConfig(
         name=options.name or job_name(command),
         command=command,
-        store=absolute_store(options.store, Path.cwd()),
+        stores=absolute_stores(read_stores(options.store or ["./runs"], options.keep_last), Path.cwd()),
         nproc=options.nproc,
         every_s=parse_duration(options.every, "--every"),
-        keep_last=options.keep_last,
         max_restarts=options.max_restarts,
         preload=preload,
         python=options.python,

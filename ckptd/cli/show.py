@@ -19,7 +19,7 @@ def register(verbs: Any) -> None:
     parser = verbs.add_parser("show", help="show what is in a checkpoint")
     parser.add_argument("job", metavar="JOB")
     parser.add_argument("step", nargs="?", metavar="STEP", help="the newest one without it")
-    parser.add_argument("--store", metavar="PATH", help="look here instead of where the job ran")
+    parser.add_argument("--store", metavar="PLACE", help="look here instead of where the job ran")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument(
         "--json",
@@ -31,8 +31,7 @@ def register(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Show one checkpoint."""
-    place = find_job(options.job, options.store)
-    chosen = pick(place, step_number(options.step))
+    place, chosen = pick(find_job(options.job, options.store), step_number(options.step))[0]
     loaded = load_manifest(place.tier, place.job, chosen)
     tensors = {name: item for name, item in loaded.tensors.items() if name != VALUES_NAME}
     referred = sum(any(map(loaded.refers, item.chunks)) for item in tensors.values())

@@ -19,7 +19,8 @@ def register(verbs: Any) -> None:
     parser.add_argument("job", metavar="JOB")
     parser.add_argument("step", nargs="?", metavar="STEP", help="the newest one without it")
     parser.add_argument("--all", action="store_true", help="check every checkpoint of the job")
-    parser.add_argument("--store", metavar="PATH", help="look here instead of where the job ran")
+    parser.add_argument("--store", metavar="PLACE", help="look here instead of where the job ran")
+    parser.add_argument("--tier", metavar="NAME", help="verify on this tier only")
     parser.add_argument("--json", action="store_true", help="a list of {generation, step, tier, intact, problems}")
     parser.set_defaults(verb=run)
 
@@ -28,15 +29,15 @@ def run(options: argparse.Namespace) -> int:
     """Verify; exit code 5 when anything is damaged."""
     if options.all and options.step is not None:
         raise ConfigError("STEP and --all exclude each other")
-    place = find_job(options.job, options.store)
-    chosen = checkpoints(place) if options.all else [pick(place, step_number(options.step))]
-    results: list[tuple[CheckpointId, list[str]]] = []
-    for number, checkpoint in enumerate(chosen, 1):
+    places = find_job(options.job, options.store, options.tier)
+    chosen = checkpoints(places) if options.all else pick(places, step_number(options.step))
+    results: list[tuple[str, CheckpointId, list[str]]] = []
+    for number, (place, checkpoint) in enumerate(chosen, 1):
         if sys.stderr.isatty():
             print(
                 f"\rverifying {number} of {len(chosen)}: step {checkpoint.step} ", end="", file=sys.stderr, flush=True
             )
-        results.append((checkpoint, verify(place.tier, place.job, checkpoint)))
+        results.append((place.name, checkpoint, verify(place.tier, place.job, checkpoint)))
     _progress("\r\x1b[K")
     if options.json:
         show_json(
@@ -44,20 +45,20 @@ def run(options: argparse.Namespace) -> int:
                 {
                     "generation": checkpoint.generation,
                     "step": checkpoint.step,
-                    "tier": place.tier.name,
+                    "tier": tier,
                     "intact": not problems,
                     "problems": problems,
                 }
-                for checkpoint, problems in results
+                for tier, checkpoint, problems in results
             ]
         )
     else:
-        for checkpoint, problems in results:
+        for tier, checkpoint, problems in results:
             state = "DAMAGED" if problems else "intact"
-            print(f"step {checkpoint.step} of generation {checkpoint.generation} on {place.tier.name}: {state}")
+            print(f"step {checkpoint.step} of generation {checkpoint.generation} on {tier}: {state}")
             for problem in problems:
                 print(f"  {problem}")
-    return DamagedError.exit_code if any(problems for _, problems in results) else 0
+    return DamagedError.exit_code if any(problems for *_, problems in results) else 0
 
 
 def _progress(text: str) -> None:

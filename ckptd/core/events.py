@@ -11,17 +11,24 @@ from dataclasses import dataclass, field
 
 from ckptd.core.restore import Source
 from ckptd.errors import CkptdError
-from ckptd.types import CheckpointId, Evidence, Incident, RaisedException
+from ckptd.types import CheckpointId, Evidence, Held, Incident, RaisedException
 
 # --- inputs ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class StoreRead:
-    """What the tiers hold: the lineage's checkpoints, best first, and the highest generation number in use."""
+    """What the tiers hold: the lineage's checkpoints, best first, and the highest generation number in use.
+
+    Every copy is named: newest first, and of one checkpoint the one on the cheaper tier.
+    """
 
     sources: tuple[Source, ...]
     last_generation: int
+    held: Mapping[str, tuple[Held, ...]] = field(default_factory=dict)
+    """What is committed on each tier, in the lineage or not, for retention."""
+    unread: Mapping[str, CkptdError] = field(default_factory=dict)
+    """The tiers that could not be read, and why; what they hold is not in the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,8 @@ class Fetched:
     source: Source
     world_size: int
     """By how many ranks it was captured."""
+    copied: bool = False
+    """Whether it was brought to the first tier for that, and is now committed there too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +177,13 @@ class LauncherExited:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A snapshot's manifest stands on a tier."""
+    """A checkpoint's manifest stands on a tier: on the first one by a flush, on a further one by an upload."""
 
     id: CheckpointId
     tier: str
     size_bytes: int
     flush_s: float
+    """How long it took to get there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +191,15 @@ class FlushFailed:
     """A snapshot could not be made durable."""
 
     id: CheckpointId
+    error: CkptdError
+
+
+@dataclass(frozen=True, slots=True)
+class UploadFailed:
+    """A checkpoint could not be copied to a further tier. After a `FencedError` that tier gets nothing any more."""
+
+    id: CheckpointId
+    tier: str
     error: CkptdError
 
 
@@ -207,7 +226,8 @@ class Tick:
 Input = (
     StoreRead | SetupFailed | Fetched | FetchFailed | Claimed | RankSpawned | RankJoined | SlotsLent
     | RankRestored | RestoreFailed | RankStepped | Progress | RankSealed | CaptureMissed | CheckpointWanted
-    | RankLeft | RankExited | LauncherExited | Committed | FlushFailed | StopWanted | RestartWanted | Tick
+    | RankLeft | RankExited | LauncherExited | Committed | FlushFailed | UploadFailed | StopWanted | RestartWanted
+    | Tick
 )  # fmt: skip
 
 # --- effects --------------------------------------------------------------------------------------------------
@@ -276,7 +296,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """Make a snapshot durable; answered by `Committed` or `FlushFailed`."""
+    """Make a snapshot durable on the first tier; answered by `Committed` or `FlushFailed`."""
 
     id: CheckpointId
     parent: CheckpointId | None
@@ -286,8 +306,19 @@ class Flush:
 
 
 @dataclass(frozen=True, slots=True)
+class Upload:
+    """Copy a checkpoint from the first tier to a further one; answered by `Committed` or `UploadFailed`."""
+
+    id: CheckpointId
+    tier: str
+
+
+@dataclass(frozen=True, slots=True)
 class Prune:
-    """Remove checkpoints from a tier, but for the files to which those in `kept` refer."""
+    """Remove checkpoints from a tier, but for the files to which those in `kept` refer.
+
+    On a further tier `kept` has also those that are on their way there: what they refer to may be there already.
+    """
 
     ids: tuple[CheckpointId, ...]
     tier: str
@@ -335,6 +366,6 @@ class End:
 
 
 Effect = (
-    ReadStore | Fetch | Claim | Spawn | Admit | Whole | Announce | Release | Flush | Prune | Kill | Dismiss | Record
-    | Log | End
+    ReadStore | Fetch | Claim | Spawn | Admit | Whole | Announce | Release | Flush | Upload | Prune | Kill | Dismiss
+    | Record | Log | End
 )  # fmt: skip

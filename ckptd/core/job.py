@@ -50,8 +50,8 @@ class JobMachine(Planning):
                 return self._sealed(event, now)
             case e.CaptureMissed():
                 return self.keeper.missed(event, now.s)
-            case e.Committed() | e.FlushFailed():
-                return self._flush_ended(event, now)
+            case e.Committed() | e.FlushFailed() | e.UploadFailed():
+                return self._storage_ended(event, now)
             case e.RankJoined():
                 return self._joined(event, now)
             case e.RankRestored() | e.RankStepped() | e.RankLeft():
@@ -67,10 +67,7 @@ class JobMachine(Planning):
         """Handle what happens rarely."""
         match event:
             case e.StoreRead():
-                self._last_generation = max(self._last_generation, event.last_generation)
-                self.offers.stored = list(event.sources)
-                self.keeper.found(event.sources)
-                return self._plan(now)
+                return self._store_read(event, now)
             case e.Fetched():
                 return self._fetched(event, now)
             case e.FetchFailed():
@@ -196,24 +193,37 @@ class JobMachine(Planning):
             # Without the others nothing will be committed. That some don't attach at all has been said.
             return dismissed if self._warned_unprotected and not generation.all_in(generation.joined) else []
         effects = self.keeper.abandon("training ended before it", now.s)
-        return effects if self.keeper.pending and not self.keeper.hopeless else effects + dismissed
+        return effects if self.keeper.unflushed and not self.keeper.hopeless else effects + dismissed
 
-    def _flush_ended(self, event: e.Committed | e.FlushFailed, now: Now) -> list[Effect]:
-        if isinstance(event, e.FlushFailed):
-            effects = self.keeper.on_flush_failed(event, now.s)
-        else:
-            damaged = Source(event.id, MEMORY) in self.offers.refused
-            usable = not (damaged or self.keeper.book.snapshots[event.id].refused)
-            effects = self.keeper.on_committed(event, now.s, usable=usable)
-            if usable:
-                self.offers.committed(Source(event.id, event.tier), self.keeper.committed)
-            elif damaged:
-                self.offers.refused.add(Source(event.id, event.tier))  # written from what was damaged already
-            effects += self.recovery.committed(event.id)
+    def _storage_ended(self, event: e.Committed | e.FlushFailed | e.UploadFailed, now: Now) -> list[Effect]:
+        match event:
+            case e.FlushFailed():
+                effects = self.keeper.on_flush_failed(event, now.s)
+            case e.UploadFailed():
+                effects = self.keeper.on_upload_failed(event, now.s)
+            case e.Committed():
+                effects = self._committed(event, now)
         if self.state is JobState.DRAINING:
             return effects + self._drain(now)
+        if not isinstance(event, e.FlushFailed) and event.tier != self.keeper.tiers.first:
+            return effects  # nobody but the end of the job waits for an upload
         effects += self._left(now)
         return effects + self._stop_when_durable(now) if self.state is JobState.STOPPING else effects
+
+    def _committed(self, event: e.Committed, now: Now) -> list[Effect]:
+        source = Source(event.id, event.tier)
+        flushed = event.tier == self.keeper.tiers.first
+        damaged = flushed and Source(event.id, MEMORY) in self.offers.refused
+        if damaged:
+            self.offers.refused.add(source)  # written from what was damaged already
+        lost = self.keeper.book.snapshots[event.id].refused if flushed else self.keeper.tiers.left_behind(event.id)
+        usable = not (damaged or lost)
+        if usable:
+            self.offers.add(source)
+        on_committed = self.keeper.on_committed if flushed else self.keeper.on_uploaded
+        effects = on_committed(event, now, usable=usable, restorable=self.offers.newest_on(event.tier))
+        self.offers.keep(self.keeper.tiers.held)
+        return effects + self.recovery.committed(event.id) if flushed else effects
 
     # --- failure ----------------------------------------------------------------------------------------------
 
@@ -302,7 +312,7 @@ class JobMachine(Planning):
         if generation is not None and offer is not None and offer.id == event.id:
             fields["tier"] = offer.tier
             if isinstance(event.error, DamagedError):
-                self.offers.refused.add(offer)
+                self.offers.refuse(offer)
                 generation.damaged = True
         return [Log("restore failed", fields | {"error": str(event.error)}, level="error")]
 

@@ -1,11 +1,11 @@
-"""The keeper coordinates a job's checkpoints: announces steps, follows seals, orders flushes, keeps and prunes.
+"""The keeper coordinates a job's checkpoints: announces steps, follows seals, orders flushes, uploads and prunes.
 
 It knows nothing of processes; `core.job` tells it when a generation begins and when its ranks are gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptd.core.cadence import Cadence
@@ -17,17 +17,19 @@ from ckptd.core.events import (
     Flush,
     FlushFailed,
     Log,
-    Prune,
     RankSealed,
     Release,
+    UploadFailed,
     Whole,
 )
-from ckptd.core.policy import retention
+from ckptd.core.job_spec import Now, TierSpec
 from ckptd.core.restore import Source
 from ckptd.core.snapshots import SealedShard, Snapshot, SnapshotBook, SnapshotEvent, SnapshotState
-from ckptd.types import CheckpointId
+from ckptd.core.tiers import Tiers
+from ckptd.types import CheckpointId, Held
 
 _FLUSH_RETRY_MAX_S = 60.0
+_DOUBLINGS_MAX = 10
 _TAKEN = frozenset({"self", "event", "level", "timestamp", "job", "exc_info", "exception", "stack", "stack_info"})
 """What a log line calls its own: a metric of that name is in the manifest only."""
 FINAL_FLUSH_TRIES = 4
@@ -51,16 +53,13 @@ class Counters:
 class Keeper:
     """Keeps the checkpoints of one job. Every method returns the effects to carry out, in order."""
 
-    def __init__(
-        self, world_size: int, every_s: float, policy: retention.RetentionPolicy, slots_per_rank: int = 2
-    ) -> None:
+    def __init__(self, world_size: int, every_s: float, tiers: Sequence[TierSpec], slots_per_rank: int = 2) -> None:
         self.book = SnapshotBook(world_size, slots_per_rank)
+        self.tiers = Tiers(tiers)
         self.every_s = every_s
-        self.policy = policy
         self.cadence = Cadence(every_s, 0.0)
         self.counters = Counters()
         self.generation = 0
-        self.committed: dict[str, list[CheckpointId]] = {}
         self.last_committed: Source | None = None
         self._parents: dict[int, CheckpointId | None] = {}
         self._retry_flush_at_s = 0.0
@@ -72,21 +71,27 @@ class Keeper:
         self.generation = generation
         self._parents[generation] = parent
         self.cadence = Cadence(self.every_s, now_s)
+        self.tiers.begin(generation, parent)
         if self._wished:
             self.cadence.hurry(now_s)
 
-    def found(self, sources: Iterable[Source]) -> None:
+    def found(
+        self, sources: Sequence[Source], held: Mapping[str, Iterable[Held]], unread: Collection[str] = ()
+    ) -> None:
         """Take in what the tiers hold already."""
-        self.committed = {}
-        for source in sources:
-            if not self.committed:
-                self.last_committed = source
-            self.committed.setdefault(source.tier, []).append(source.id)
+        self.tiers.found(sources, held, unread)
+        if sources:
+            self.last_committed = sources[0]
+
+    @property
+    def unflushed(self) -> bool:
+        """Whether anything complete in memory is on no tier yet."""
+        return self.book.flushing is not None or self.book.unflushed is not None
 
     @property
     def pending(self) -> bool:
-        """Whether anything complete in memory is not on a tier yet."""
-        return self.book.flushing is not None or self.book.unflushed is not None
+        """Whether anything is still to be done for the newest: its flush, or its upload to some tier."""
+        return self.unflushed or self.tiers.pending
 
     # --- capture ----------------------------------------------------------------------------------------------
 
@@ -199,13 +204,13 @@ class Keeper:
     # --- flush and commit -------------------------------------------------------------------------------------
 
     def _settle(self, now_s: float) -> list[Effect]:
-        """Start the flush that is due, and hand back slots that nobody needs."""
+        """Start the flush and the uploads that are due, and hand back slots that nobody needs."""
         effects: list[Effect] = []
         unflushed = self.book.unflushed
         if unflushed is not None and self.book.flushing is None and now_s >= self._retry_flush_at_s:
             unflushed.move(SnapshotEvent.FLUSH)
             effects.append(self.order_of(unflushed))
-        return effects + self._release()
+        return effects + self.tiers.start(now_s) + self._release()
 
     def _release(self) -> list[Effect]:
         return [Release(rank, slot) for rank, slot in self.book.release()]
@@ -216,21 +221,25 @@ class Keeper:
         return Flush(snapshot.id, parent, snapshot.slots, snapshot.image_bytes, snapshot.values)
 
     def tick(self, now_s: float) -> list[Effect]:
-        """Retry a flush that failed, when its time has come."""
+        """Retry what failed, when its time has come."""
         return self._settle(now_s)
 
-    def on_committed(self, event: Committed, now_s: float, *, usable: bool = True) -> list[Effect]:
-        """Note that a snapshot is a checkpoint now, and prune what retention lets go.
+    def on_committed(
+        self, event: Committed, now: Now, *, usable: bool = True, restorable: CheckpointId | None = None
+    ) -> list[Effect]:
+        """Note that a snapshot is a checkpoint now, upload it, and prune what retention lets go.
 
-        Not `usable` is one that the next restore can't begin with: nothing goes because of it.
+        Not `usable` is one that the next restore can't begin with: nothing goes because of it, and it goes nowhere.
+        `restorable` is the newest on the tier with which it could.
         """
         snapshot = self.book.snapshots[event.id]
         snapshot.move(SnapshotEvent.COMMIT)
         self._retry_flush_at_s = 0.0
         self.counters.committed += 1
         self.last_committed = Source(event.id, event.tier)
-        self.committed.setdefault(event.tier, []).append(event.id)
-        sealed_at_s = now_s if snapshot.sealed_at_s is None else snapshot.sealed_at_s
+        item = Held(event.id, now.wall, event.size_bytes, snapshot.values)
+        skipped = self.tiers.flushed(item, upload=usable)
+        sealed_at_s = now.s if snapshot.sealed_at_s is None else snapshot.sealed_at_s
         fields = {
             "generation": event.id.generation,
             "step": event.id.step,
@@ -238,20 +247,30 @@ class Keeper:
             "size_bytes": event.size_bytes,
             "capture_s": round(snapshot.capture_s, 4),
             "flush_s": round(event.flush_s, 4),
-            "durable_s": round(now_s - sealed_at_s + snapshot.capture_s, 4),
+            "durable_s": round(now.s - sealed_at_s + snapshot.capture_s, 4),
         }
         fields |= {name: value for name, value in snapshot.values.items() if name not in _TAKEN.union(fields)}
-        pruned = self._prune(event.tier) if usable else []
-        return [Log("checkpoint committed", fields), *pruned, *self._settle(now_s)]
+        pruned = self.tiers.prune(event.tier, restorable) if usable else []
+        return [Log("checkpoint committed", fields), *skipped, *pruned, *self._settle(now.s)]
 
-    def _prune(self, tier: str) -> list[Effect]:
-        verdicts = retention.judge(self.committed[tier], self.policy, in_use=())
-        removed = [verdict for verdict in verdicts if not verdict.keep]
-        if not removed:
-            return []
-        kept = self.committed[tier] = [verdict.id for verdict in verdicts if verdict.keep]
-        reasons = tuple(verdict.reason for verdict in removed)
-        return [Prune(tuple(verdict.id for verdict in removed), tier, reasons, tuple(kept))]
+    def on_uploaded(
+        self, event: Committed, now: Now, *, usable: bool = True, restorable: CheckpointId | None = None
+    ) -> list[Effect]:
+        """Note that a checkpoint is on a further tier too, and prune there what retention lets go."""
+        self.tiers.uploaded(event.id, event.tier, event.size_bytes, now.wall)
+        fields = {
+            "generation": event.id.generation,
+            "step": event.id.step,
+            "tier": event.tier,
+            "size_bytes": event.size_bytes,
+            "upload_s": round(event.flush_s, 4),
+        }
+        pruned = self.tiers.prune(event.tier, restorable) if usable else []
+        return [Log("checkpoint committed", fields), *pruned, *self._settle(now.s)]
+
+    def on_upload_failed(self, event: UploadFailed, now_s: float) -> list[Effect]:
+        """Try again later, or do without it; nothing else waits for it."""
+        return self.tiers.failed(event, now_s) + self._settle(now_s)
 
     def on_flush_failed(self, event: FlushFailed, now_s: float) -> list[Effect]:
         """Keep the snapshot in memory and try again later, a newer one first if there is one by then."""
@@ -259,7 +278,7 @@ class Keeper:
         snapshot.move(SnapshotEvent.FLUSH_FAILED)
         snapshot.flush_failures += 1
         self.counters.flush_failures += 1
-        delay_s = min(_FLUSH_RETRY_MAX_S, 0.5 * 2**snapshot.flush_failures)
+        delay_s = min(_FLUSH_RETRY_MAX_S, 0.5 * 2.0 ** min(snapshot.flush_failures, _DOUBLINGS_MAX))
         self._retry_flush_at_s = now_s + delay_s
         fields = {"step": event.id.step, "error": str(event.error), "retry_in_s": delay_s}
         return [Log("flush failed", fields, level="error"), *self._settle(now_s)]

@@ -8,7 +8,7 @@ from ckptd.core.events import Effect, Log
 from ckptd.core.job_spec import JobSpec, Now
 from ckptd.core.job_states import JobEvent, JobState
 from ckptd.core.restore import MEMORY, Offers, Source, nothing_left
-from ckptd.errors import DamagedError
+from ckptd.errors import CkptdError, DamagedError
 
 
 class Planning(Ending):
@@ -16,7 +16,7 @@ class Planning(Ending):
 
     def __init__(self, spec: JobSpec, first_incident: int) -> None:
         super().__init__(spec, first_incident)
-        self.offers = Offers()
+        self.offers = Offers(tier.name for tier in spec.tiers)
         self._last_generation = 0
         self._offer: Source | None = None
         self._offer_world_size = spec.world_size
@@ -24,7 +24,20 @@ class Planning(Ending):
     def begin(self) -> list[Effect]:
         """Start the job: look what the tiers hold, then begin a generation with the best of it."""
         self._move(JobEvent.BEGIN)
+        self._scavenge_until_s, self._awaits_uploads = None, True  # it was not the end after all
         return [e.ReadStore()]
+
+    def _store_read(self, event: e.StoreRead, now: Now) -> list[Effect]:
+        """Take in what the tiers hold. What can't be read may be missed, but not be taken for nothing at all."""
+        self._last_generation = max(self._last_generation, event.last_generation)
+        self.offers.read(event.sources, event.unread)
+        self.keeper.found(event.sources, event.held, event.unread)
+        effects: list[Effect] = []
+        for tier, error in event.unread.items():
+            effects.append(Log("tier unreadable", {"tier": tier, "error": str(error)}, level="error"))
+            if self.state is JobState.PREPARING and not self.offers.stored and self.keeper.book.newest is None:
+                return effects + self._give_up(error, now)
+        return effects + self._plan(now)
 
     def _plan(self, now: Now) -> list[Effect]:
         if self.state is not JobState.PREPARING:
@@ -43,11 +56,12 @@ class Planning(Ending):
             *self._next_source(now),
         ]
 
-    def _next_source(self, now: Now, problem: str | None = None) -> list[Effect]:
+    def _next_source(self, now: Now, problem: CkptdError | None = None) -> list[Effect]:
         """Go on to the next best; `problem` is why the one before it was none."""
         source = self.offers.next()
         if source is None and problem is not None:
-            return self._give_up(nothing_left([problem]), now)
+            # What can't be read now may be there the next time: that is another error than damage.
+            return self._give_up(problem if problem.retryable else nothing_left([problem.message]), now)
         return self._claim(source) if source is None or source.tier == MEMORY else [e.Fetch(source)]
 
     def _claim(self, offer: Source | None, world_size: int | None = None) -> list[Effect]:
@@ -57,16 +71,22 @@ class Planning(Ending):
         return [e.Claim(self._last_generation + 1, None if offer is None else offer.id)]
 
     def _fetched(self, event: e.Fetched, now: Now) -> list[Effect]:
+        if event.copied:
+            self.offers.fetched(event.source, self.keeper.tiers.first)
+            self.keeper.tiers.fetched(event.source)
         if self.state is not JobState.PREPARING:
             return []  # stopped meanwhile
         if event.source in self.offers.refused:  # by a late word of a rank that was offered it before
-            return self._next_source(now, f"{event.source} failed to restore before")
+            return self._next_source(now, DamagedError(f"{event.source} failed to restore before"))
         return self._claim(event.source, event.world_size)
 
     def _fetch_failed(self, event: e.FetchFailed, now: Now) -> list[Effect]:
         if self.state is not JobState.PREPARING:
             return []  # stopped meanwhile
-        self.offers.drop(event.source)
         fields = {"step": event.source.id.step, "tier": event.source.tier, "error": event.error.message}
-        log = Log("checkpoint damaged", fields, level="error")
-        return [log, *self._next_source(now, event.error.message)]
+        if event.error.retryable:
+            log = Log("fetch failed", fields, level="error")  # the copy may be there at the next restart
+        else:
+            self.offers.drop(event.source)
+            log = Log("checkpoint damaged", fields, level="error")
+        return [log, *self._next_source(now, event.error)]

@@ -78,13 +78,27 @@ def _failed(source: Source) -> str:
 
 
 class Offers:
-    """What can be offered to the next generation: the lineage's checkpoints, minus what proved unusable."""
+    """What can be offered to the next generation: the lineage's checkpoints, minus what proved unusable.
 
-    def __init__(self) -> None:
+    Of the copies of one checkpoint, that on the tier which comes first in `tiers` is tried first.
+    """
+
+    def __init__(self, tiers: Iterable[str] = ()) -> None:
         self.stored: list[Source] = []
         self.refused: set[Source] = set()
         self.at_most_step: int | None = None
         self._untried: list[Source] = []
+        self._fetched: dict[Source, Source] = {}
+        """Of copies that were fetched to be offered: where they were read from in truth."""
+        self._places = {tier: place for place, tier in enumerate(tiers)}
+
+    def read(self, sources: Iterable[Source], unread: Collection[str] = ()) -> None:
+        """Take in what was found on the tiers; of those in `unread` stays what was known before."""
+        known = dict.fromkeys([*sources, *(source for source in self.stored if source.tier in unread)])
+        self.stored = sorted(known, key=self._order)
+
+    def _order(self, source: Source) -> tuple[int, int, int]:
+        return -source.id.generation, -source.id.step, self._places.get(source.tier, len(self._places))
 
     def plan(self, newest: Snapshot | None) -> RestorePlan:
         """Plan anew; raises `DamagedError` when there were checkpoints once and none can be offered any more."""
@@ -116,10 +130,32 @@ class Offers:
         if offer is not None:
             self.stored = [source for source in self.stored if source.id <= offer.id]
 
-    def committed(self, source: Source, kept: Mapping[str, Iterable[CheckpointId]]) -> None:
-        """Note a new checkpoint, and forget those that retention has let go."""
-        alive = {Source(checkpoint, tier) for tier, ids in kept.items() for checkpoint in ids}
-        self.stored = [source, *(other for other in self.stored if other in alive and other != source)]
+    def add(self, source: Source) -> None:
+        """Note a new copy."""
+        self.stored = sorted({*self.stored, source}, key=self._order)
+
+    def fetched(self, source: Source, first: str) -> None:
+        """Note that a checkpoint was brought to the first tier, which has mended a damaged copy there."""
+        landed = self._fetched[source] = Source(source.id, first)
+        self.refused.discard(landed)
+        self.add(landed)
+
+    def refuse(self, source: Source) -> None:
+        """Never offer a copy again, since a rank has found it damaged; nor what the rank has read in its stead.
+
+        So each copy is tried once at most, however often a bad first tier spoils what is fetched to it.
+        """
+        self.refused |= {source, self._fetched.get(source, source)}
+
+    def keep(self, held: Mapping[str, Collection[CheckpointId]]) -> None:
+        """Forget what retention has let go."""
+        self.stored = [source for source in self.stored if source.id in held.get(source.tier, ())]
+
+    def newest_on(self, tier: str) -> CheckpointId | None:
+        """Return the newest on a tier that a restart could begin with."""
+        limit = self.at_most_step
+        usable = [source.id for source in self.stored if source.tier == tier and source not in self.refused]
+        return max((item for item in usable if limit is None or item.step <= limit), default=None)
 
 
 def nothing_left(reasons: Iterable[str]) -> DamagedError:

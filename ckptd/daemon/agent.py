@@ -21,6 +21,7 @@ from ckptd.daemon.processes import Processes
 from ckptd.daemon.ranks import Rank
 from ckptd.daemon.server import Peer, Server
 from ckptd.daemon.supervisor import Services, Supervisor
+from ckptd.daemon.tiers import open_tiers, teller
 from ckptd.errors import AgentError, CkptdError, ConfigError, FencedError, NotFoundError
 from ckptd.journal import Journal
 from ckptd.launcher.command import plan_command
@@ -78,8 +79,7 @@ class Agent:
             raise FencedError(f"job {config.name} runs already", hint="stop it first, or give this one another --name")
         if config.supervised:
             _check_command(config)
-        tier = self.plugins.open_tier(config.store)
-        tier.check_writable()
+        tiers = open_tiers(config, self.plugins, self.config.home, teller(self._log.bind(job=config.name)))
         if config.name in self._leases:  # it has ended in this very turn of the loop
             self._release(config.name, self._leases[config.name])
         lease = self._services.coordinator.lease(config.name, f"agent {os.getpid()}")
@@ -95,7 +95,7 @@ class Agent:
                 foreground=self._foreground,
                 on_agent_loss=self._on_agent_loss,
             )
-        job = Supervisor(config, tier, self._services, processes)
+        job = Supervisor(config, tiers, self._services, processes)
         self.jobs[config.name] = job
         job.ended.add_done_callback(lambda _: self._release(config.name, lease))
         job.write_down()

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
+from ckptd.config import JobConfig
 from ckptd.coordination.coordinator import Coordinator, next_generation
 from ckptd.core import events as e
 from ckptd.core.restore import MEMORY, Source
 from ckptd.daemon.arena import Arena
+from ckptd.daemon.further_tiers import FurtherTiers
 from ckptd.daemon.job_store import JobStore
 from ckptd.daemon.offers import Offer, SlotOffer, StoredOffer, close_all, read_only
+from ckptd.daemon.tiers import Report, read
 from ckptd.errors import AgentError, CkptdError, FencedError, invariant
 from ckptd.storage import keys, manifest
+from ckptd.storage.pacing import Pacer
+from ckptd.tiers import JobTier
 from ckptd.types import CheckpointId
 
 _CLAIM_TRIES = 100
@@ -41,9 +47,27 @@ class _Checked:
 class Checkpoints:
     """The checkpoints of one job. One offer at a time, to the ranks of one generation."""
 
-    def __init__(self, job: str, store: JobStore, coordinator: Coordinator, arena: Arena) -> None:
-        self.store = store
-        self._job = job
+    def __init__(
+        self,
+        config: JobConfig,
+        tiers: Sequence[JobTier],
+        *,
+        coordinator: Coordinator,
+        arena: Arena,
+        pool: Executor,
+        report: Report,
+    ) -> None:
+        """Keep the checkpoints of a job on `tiers`, fastest first; `report` is told what happens there."""
+        self._job = config.name
+        self._tiers = tiers
+        self._first = tiers[0].name
+        pace = Pacer(config.flush_max_bytes_per_s) if config.flush_max_bytes_per_s else None
+        self.store = JobStore(tiers[0].tier, config.name, pool, reuse=config.reuse_unchanged, pace=pace)
+        others = {item.name: JobStore(item.tier, config.name, pool) for item in tiers[1:]}
+        self._stores = {self._first: self.store, **others}
+        bounds = {item.name: item.config.upload_max_bytes_per_s for item in tiers[1:]}
+        self._further = FurtherTiers(config.name, self.store, others, bounds, report)
+        self._started = False
         self._coordinator = coordinator
         self._arena = arena
         self._documents: dict[CheckpointId, bytes] = {}
@@ -53,27 +77,36 @@ class Checkpoints:
         self._reserving: asyncio.Future[None] | None = None
 
     async def read(self) -> e.Input:
-        """Look what the tier holds; raises what the tier raises."""
-        return await asyncio.to_thread(self.store.read)
+        """Look what the tiers hold; raises what the first one raises."""
+        return await asyncio.to_thread(read, self._tiers, self._job)
 
     async def claim(self, order: e.Claim) -> e.Input:
-        """Claim a generation; raises `FencedError` when somebody else takes every number."""
+        """Claim a generation; raises `FencedError` when somebody else takes every number.
+
+        The first one is claimed on every tier at once, so that two agents with a bucket in common notice each other.
+        """
         number = order.at_least
         for _ in range(_CLAIM_TRIES):
             number = await asyncio.to_thread(next_generation, self._coordinator, self._job, number)
-            if await asyncio.to_thread(self.store.claim, number, order.parent):
+            if not await asyncio.to_thread(self.store.claim, number, order.parent):
+                continue
+            if self._started or await asyncio.to_thread(self._further.claim_all, number):
+                self._started = True
                 return e.Claimed(number)
         raise FencedError(f"somebody else claims every generation of job {self._job}", hint="stop the other one")
 
     async def check(self, source: Source, world_size: int) -> e.Input:
-        """See whether a checkpoint on the tier can be offered to a generation of `world_size` ranks."""
+        """See whether a checkpoint can be offered to `world_size` ranks; one from afar is brought first."""
+        copied = source.tier != self._first
         try:
+            if copied:
+                await asyncio.to_thread(self._further.fetch, source.id, source.tier)
             self._checked = await asyncio.to_thread(_check, self.store, source)
         except CkptdError as error:
             return e.FetchFailed(source, error)
         if self._checked.world_size == world_size:
             self._reserving = asyncio.ensure_future(asyncio.to_thread(self._reserve_ahead, self._checked.shard_bytes))
-        return e.Fetched(source, self._checked.world_size)
+        return e.Fetched(source, self._checked.world_size, copied)
 
     def _reserve_ahead(self, shard_bytes: Mapping[int, int]) -> None:
         """Have the slots that ranks will ask for cleared while they import torch: that takes a second per 2 GB."""
@@ -92,11 +125,24 @@ class Checkpoints:
             return e.FlushFailed(order.id, error)
         self._documents[order.id] = result.document
         self._documents = {item: document for item, document in self._documents.items() if item in alive}
-        return e.Committed(order.id, self.store.tier.name, result.size_bytes, result.seconds)
+        return e.Committed(order.id, self._first, result.size_bytes, result.seconds)
+
+    async def upload(self, order: e.Upload) -> e.Input:
+        """Copy a checkpoint from the first tier to a further one."""
+        try:
+            result = await asyncio.to_thread(self._further.upload, order.id, order.tier)
+        except CkptdError as error:
+            return e.UploadFailed(order.id, order.tier, error)
+        return e.Committed(order.id, order.tier, result.size_bytes, result.seconds)
 
     async def prune(self, order: e.Prune) -> CkptdError | None:
         """Remove checkpoints; return what could not be done."""
-        return await asyncio.to_thread(self.store.prune, order.ids, order.kept)
+        return await asyncio.to_thread(self._stores[order.tier].prune, order.ids, order.kept)
+
+    async def close(self) -> None:
+        """Let go of the tiers."""
+        for item in self._tiers:
+            await asyncio.to_thread(item.tier.close)
 
     def _images(self, order: e.Flush) -> dict[int, memoryview]:
         slots = {rank: self._arena.slots(rank)[slot] for rank, slot in order.slots.items()}

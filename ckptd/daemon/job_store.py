@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from ckptd.core import lineage
-from ckptd.core.events import Flush, StoreRead
-from ckptd.core.restore import Source
+from ckptd.core.events import Flush
 from ckptd.daemon import flushing
 from ckptd.daemon.flushing import NOTHING_HELD, Described, Flushed, Held, Known, Where
 from ckptd.errors import CkptdError, DamagedError, FencedError, NotFoundError
@@ -70,6 +68,8 @@ class JobStore:
         self._in_flight: CheckpointId | None = None
         self._needed: frozenset[str] = frozenset()
         """What the flush in flight may refer to."""
+        self._expected: dict[CheckpointId, frozenset[str]] = {}
+        """What checkpoints that come from another tier need."""
         self._pruning: frozenset[CheckpointId] = frozenset()
         self._history = NO_HISTORY
         self._shards = Shards({})
@@ -77,24 +77,60 @@ class JobStore:
 
     # --- the job on the tier ------------------------------------------------------------------------------------
 
-    def read(self) -> StoreRead:
-        """Look what the tier holds of the job."""
-        held = catalog.holdings(self.tier, self._job)
-        line = lineage.candidates(held.parents, held.committed)
-        return StoreRead(
-            tuple(Source(checkpoint, self.tier.name) for checkpoint in line),
-            lineage.latest_generation(held.parents, held.committed),
-        )
-
     def claim(self, generation: int, parent: CheckpointId | None) -> bool:
         """Record a generation on the tier; return False when somebody else has that number."""
         try:
             catalog.claim_generation(self.tier, self._job, generation, parent, time.time())
         except FencedError:
             return False
+        self._own(generation)
+        return True
+
+    def record(self, generation: int) -> bytes:
+        """Return what `claim` has put."""
+        return self.tier.get(keys.generation_key(self._job, generation))
+
+    def adopt(self, generation: int, record: bytes) -> None:
+        """Claim a generation that is ours on another tier, with the record from there; an equal one is ours as well.
+
+        Raises `FencedError` when somebody else has that number here.
+        """
+        key = keys.generation_key(self._job, generation)
+        create_only = self.tier.capabilities.create_only_put
+        is_there = not create_only and self._holds(key)
+        if not is_there:
+            try:
+                self.tier.put(key, record, create_only=create_only)
+            except FencedError:
+                is_there = True
+        if is_there and self.tier.get(key) != record:
+            raise FencedError(
+                f"generation {generation} of job {self._job} is somebody else's on {self.tier.url}",
+                hint="two agents run the job, each with a disk of its own: stop one of them",
+            )
+        self._own(generation)
+
+    def _own(self, generation: int) -> None:
         with self._lock:
             self._generation = max(self._generation, generation)
+
+    def _holds(self, key: str) -> bool:
+        try:
+            self.tier.size_bytes(key)
+        except NotFoundError:
+            return False
         return True
+
+    @contextlib.contextmanager
+    def expecting(self, checkpoint: CheckpointId, files: Collection[str]) -> Iterator[None]:
+        """Keep every prune away from files of a checkpoint that is on its way here from another tier."""
+        with self._lock:
+            self._expected[checkpoint] = frozenset(files)
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._expected[checkpoint]
 
     # --- restore ------------------------------------------------------------------------------------------------
 
@@ -216,11 +252,8 @@ class JobStore:
 
     def _refuse_committed(self, key: str) -> None:
         """Raise `FencedError` when a checkpoint stands: a second attempt might write its files in another way."""
-        try:
-            self.tier.size_bytes(key)
-        except NotFoundError:
-            return
-        raise FencedError(f"{self.tier.url}/{key} exists already")
+        if self._holds(key):
+            raise FencedError(f"{self.tier.url}/{key} exists already")
 
     def _remember(self, checkpoint: CheckpointId, flushed: Flushed) -> None:
         """Keep what the next flush may refer to, and what a prune must not remove."""
@@ -303,7 +336,7 @@ class JobStore:
             if (
                 checkpoint == self._in_flight
                 or file in self._needed
-                or any(file in needed for needed in self._files.values())
+                or any(file in needed for needed in (*self._files.values(), *self._expected.values()))
             ):
                 return []
             try:

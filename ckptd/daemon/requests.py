@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ckptd.config import JobConfig, absolute_store
+from ckptd.config import JobConfig
 from ckptd.core import events as e
 from ckptd.core.job_states import JobState
 from ckptd.daemon.ranks import Rank
 from ckptd.daemon.supervisor import Supervisor
 from ckptd.errors import AgentError, CkptdError, ProtocolError, from_json
 from ckptd.protocol import messages as m
+from ckptd.store_config import absolute_stores
 from ckptd.types import CheckpointId, RaisedException
 
 _STOP_GRACE_S = 60.0
@@ -78,17 +80,10 @@ def exception_of(message: m.Raised) -> RaisedException:
 
 def attached_config(message: m.Join, folder: Path) -> JobConfig:
     """Return the settings of a job whose ranks somebody else starts, from what its first rank says."""
-    options = dict(message.options)
-    store = str(options.pop("store", "") or "")
-    return JobConfig.from_json(
-        {
-            "name": message.job,
-            "command": [],
-            "nproc": message.world_size,
-            "store": absolute_store(store, folder) if store else "",
-            **options,
-        }
+    config = JobConfig.from_json(
+        {"name": message.job, "command": [], "nproc": message.world_size, "store": "", **message.options}
     )
+    return dataclasses.replace(config, stores=absolute_stores(config.stores, folder))
 
 
 async def control(job: Supervisor, message: m.Control) -> dict[str, Any]:

@@ -20,19 +20,17 @@ from ckptd.core import events as e
 from ckptd.core.job import JobMachine, JobSpec, Now
 from ckptd.core.job_states import TERMINAL, JobState
 from ckptd.core.policy.restart import RestartPolicy
-from ckptd.core.policy.retention import RetentionPolicy
 from ckptd.core.restore import MEMORY, Source
 from ckptd.daemon.arena import Arena, Budget
 from ckptd.daemon.checkpoints import Checkpoints
-from ckptd.daemon.job_store import JobStore
 from ckptd.daemon.processes import Processes
 from ckptd.daemon.ranks import Rank
 from ckptd.daemon.status import show
+from ckptd.daemon.tiers import spec_of, teller
 from ckptd.errors import AgentError, CkptdError, DamagedError, StateError, unreachable
 from ckptd.journal import Journal, entry_now
 from ckptd.log import Logger
-from ckptd.storage.pacing import Pacer
-from ckptd.storage.tier import Tier
+from ckptd.tiers import JobTier
 from ckptd.types import RaisedException
 
 TICK_S = 0.05
@@ -57,19 +55,21 @@ class Services:
 class Supervisor:
     """Runs one job. `ended` resolves to the `End` effect once nothing of the job is left."""
 
-    def __init__(self, config: JobConfig, tier: Tier, services: Services, processes: Processes | None) -> None:
+    def __init__(
+        self, config: JobConfig, tiers: Sequence[JobTier], services: Services, processes: Processes | None
+    ) -> None:
         self.config = config
         self.ended: asyncio.Future[e.End] = asyncio.get_running_loop().create_future()
         self.ranks: dict[int, Rank] = {}
         self._arrived: dict[int, Rank] = {}
-        self.tier = tier
         self.processes = processes
         self._services = services
         self._log = services.logger.bind(job=config.name)
         self._arena = Arena(config.name, services.budget, config.slots)
-        pace = Pacer(config.flush_max_bytes_per_s) if config.flush_max_bytes_per_s else None
-        store = JobStore(tier, config.name, services.pool, reuse=config.reuse_unchanged, pace=pace)
-        self._checkpoints = Checkpoints(config.name, store, services.coordinator, self._arena)
+        coordinator, pool, report = services.coordinator, services.pool, teller(self._log)
+        self._checkpoints = Checkpoints(
+            config, tiers, coordinator=coordinator, arena=self._arena, pool=pool, report=report
+        )
         self._inputs: deque[e.Input] = deque()
         self._busy = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -81,11 +81,12 @@ class Supervisor:
             config.every_s,
             supervised=config.supervised,
             slots=config.slots,
-            retention=RetentionPolicy(config.keep_last),
+            tiers=tuple(map(spec_of, tiers)),
             restart=RestartPolicy(config.max_restarts),
         )
         self.machine = JobMachine(spec, services.journal.next_incident(config.name))
-        self._log.info("job started", nproc=config.nproc, every_s=config.every_s, store=tier.url)
+        places = [item.tier.url for item in tiers]
+        self._log.info("job started", nproc=config.nproc, every_s=config.every_s, store=places)
         if config.slots == 1:
             self._log.warning("one slot per rank", risk=_ONE_SLOT, hint="slots = 2 keeps one snapshot in memory always")
         if processes is not None:
@@ -199,6 +200,8 @@ class Supervisor:
                 self._spawn_task(self._answer(self._checkpoints.claim(effect)))
             case e.Fetch():
                 self._spawn_task(self._answer(self._checkpoints.check(effect.source, self.config.nproc)))
+            case e.Upload():
+                self._spawn_task(self._answer(self._checkpoints.upload(effect)))
             case e.Prune():
                 self._spawn_task(self._prune(effect))
             case e.End():
@@ -393,5 +396,5 @@ class Supervisor:
             rank.close()
         await asyncio.gather(*others, return_exceptions=True)
         self._checkpoints.withdraw()
-        await asyncio.to_thread(self._arena.close)
+        await asyncio.gather(asyncio.to_thread(self._arena.close), self._checkpoints.close())
         self.ended.set_result(end)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ckptd.storage.tier import Tier
 from ckptd.types import Evidence, RankExit
@@ -16,7 +16,8 @@ class TierFactory:
 
     name: str
     schemes: tuple[str, ...]
-    open: Callable[[str], Tier]
+    open: Callable[[str, Mapping[str, Any]], Tier]
+    """Called with the URL and the options that a job gives for it; raises `ConfigError` for those it does not know."""
 
 
 @dataclass(frozen=True, slots=True)

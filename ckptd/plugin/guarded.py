@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from ckptd.storage.tier import Capabilities, Data, Entry, Pace, Tier
@@ -55,6 +55,14 @@ class GuardedTier:
     def delete(self, key: str) -> None:
         """Remove an object."""
         self._call(f"delete {key}", self._tier.delete, key)
+
+    def sweep(self, prefix: str, older_than_s: float) -> Sequence[str]:
+        """Remove what killed puts have left."""
+        return self._call(f"sweep {prefix}", self._tier.sweep, prefix, older_than_s)
+
+    def close(self) -> None:
+        """Let go of connections and threads."""
+        self._call("close", self._tier.close)
 
     def check_writable(self) -> None:
         """Raise `StoreError` unless an object could be put now."""

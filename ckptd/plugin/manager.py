@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pluggy
 
@@ -86,12 +86,12 @@ class PluginManager:
         self.failed[name] = problem
         self._report(name, problem)
 
-    def open_tier(self, url: str) -> Tier:
+    def open_tier(self, url: str, options: Mapping[str, Any] | None = None) -> Tier:
         """Open the tier of a URL or path; raises `PluginError` when no plugin knows the scheme."""
         scheme = url.split("://", 1)[0] if "://" in url else ""
         for factory in self.tiers:
             if scheme in factory.schemes:
-                return _open(factory, url)
+                return _open(factory, url, options or {})
         schemes = {name for factory in self.tiers for name in factory.schemes}
         known = ", ".join(sorted(f"{name}://" for name in schemes if name)) or "none"
         raise PluginError(
@@ -155,9 +155,9 @@ def _call_tier(name: str, what: str, function: Callable[..., Result], *arguments
         raise StoreError(f"tier {name} failed to {what}: {type(error).__name__}: {error}") from error
 
 
-def _open(factory: TierFactory, url: str) -> Tier:
+def _open(factory: TierFactory, url: str, options: Mapping[str, Any]) -> Tier:
     try:
-        return GuardedTier(factory.open(url), partial(_call_tier, factory.name))
+        return GuardedTier(factory.open(url, options), partial(_call_tier, factory.name))
     except CkptdError:
         raise
     except _ANYTHING as error:

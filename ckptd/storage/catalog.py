@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
-from ckptd.errors import CkptdError, DamagedError, NotFoundError
-from ckptd.storage import image, keys, manifest
-from ckptd.storage.digest import TensorDigest, digest, of_leaves, shard_digest, tensor_digest
-from ckptd.storage.manifest import Chunk, Manifest, ShardContent
-from ckptd.storage.ranges import RangeReader, leaves
-from ckptd.storage.tier import Tier
-from ckptd.types import CheckpointId
+from ckptd.errors import CkptdError, DamagedError, FencedError, NotFoundError
+from ckptd.storage import flight, image, keys, manifest
+from ckptd.storage.checks import checks_of, what_is_lost
+from ckptd.storage.digest import shard_digest, tensor_digest
+from ckptd.storage.file_stream import Progress, examine
+from ckptd.storage.manifest import Manifest, ShardContent
+from ckptd.storage.tier import Pace, Tier
+from ckptd.types import CheckpointId, Held
+
+_READS_AT_ONCE = 8
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +90,7 @@ def claim_generation(tier: Tier, job: str, generation: int, parent: CheckpointId
         "generation": generation,
         "parent": None if parent is None else parent._asdict(),
         "created_at": created_at,
+        "claim": os.urandom(8).hex(),  # no two are alike: a lost answer is told from a lost race
     }
     tier.put(keys.generation_key(job, generation), json.dumps(document).encode() + b"\n", create_only=True)
 
@@ -98,10 +109,21 @@ def _read_parent(tier: Tier, key: str) -> CheckpointId | None:
 
 def load_manifest(tier: Tier, job: str, checkpoint: CheckpointId) -> Manifest:
     """Read the manifest of a committed checkpoint; raises `NotFoundError` or `DamagedError`."""
+    return read_manifest(tier, job, checkpoint)[1]
+
+
+def read_manifest(tier: Tier, job: str, checkpoint: CheckpointId) -> tuple[bytes, Manifest]:
+    """Read the manifest of a committed checkpoint, and the bytes that it is, for a copy of it."""
     key = keys.manifest_key(job, checkpoint)
-    loaded = manifest.parse(tier.get(key), f"{tier.url}/{key}")
+    document = tier.get(key)
+    return document, parse_manifest(document, f"{tier.url}/{key}", job, checkpoint)
+
+
+def parse_manifest(document: bytes, where: str, job: str, checkpoint: CheckpointId) -> Manifest:
+    """Return the manifest that was found where that of a checkpoint is kept; raises `DamagedError`."""
+    loaded = manifest.parse(document, where)
     if loaded.id != checkpoint or loaded.job != job:
-        raise DamagedError(f"the manifest {tier.url}/{key} is that of {loaded.job} {loaded.id}")
+        raise DamagedError(f"the manifest {where} is that of {loaded.job} {loaded.id}")
     return loaded
 
 
@@ -113,66 +135,155 @@ def describe_shard(rank: int, data: memoryview) -> ShardContent:
     return ShardContent(rank, layout, layout.image_bytes, whole, digests)
 
 
-def verify(tier: Tier, job: str, checkpoint: CheckpointId) -> list[str]:
+def verify(
+    tier: Tier, job: str, checkpoint: CheckpointId, *, pace: Pace | None = None, progress: Progress | None = None
+) -> list[str]:
     """Check a checkpoint completely and return every problem in words; an empty list means that it is intact.
 
-    Its own files are checked to the last byte, and in the files of other checkpoints everything that it refers to.
-    Each is read once, in blocks, so the memory needed does not depend on the size of anything.
+    Its own files are checked to the last byte, as files of safetensors too, and in the files of other checkpoints
+    everything that it refers to. Each is read once, in units, so the memory needed does not depend on the size of
+    anything. `pace` is asked before each, and `progress` told of each.
     """
     try:
         loaded = load_manifest(tier, job, checkpoint)
     except CkptdError as error:
         return [error.message]
-    needed: dict[str, list[tuple[Chunk, str]]] = {shard.file: [] for shard in loaded.shards}
-    for tensor in loaded.tensors.values():
-        for chunk in tensor.chunks:
-            needed.setdefault(chunk.file, []).append((chunk, tensor.name))
     problems: list[str] = []
-    for file, chunks in needed.items():
-        chunks.sort(key=lambda item: (item[0].begin, item[0].end))
+    for file, checks in checks_of(loaded, headers=True).items():
         try:
-            problems += [f"{file}: {problem}" for problem in _verify_file(tier, f"{job}/{file}", loaded, chunks)]
+            found = examine(tier, f"{job}/{file}", checks, pace=pace, progress=progress)
         except NotFoundError:
-            problems.append(f"{file}: the file is missing, and {_count(chunks)} in it")
+            found = [f"the file is missing, and {what_is_lost(checks)} in it"]
         except CkptdError as error:
-            problems.append(f"{file}: {error.message}")
+            found = [error.message]
+        problems += [f"{file}: {problem}" for problem in found]
     return problems
 
 
-def _count(chunks: Sequence[tuple[Chunk, str]]) -> str:
-    names = sorted({name for _, name in chunks if name != image.VALUES_NAME})
-    return f"{len(names)} tensors" if len(names) != 1 else f"tensor {names[0]!r}"
+# --- what retention asks about ----------------------------------------------------------------------------------
 
 
-def _verify_file(tier: Tier, key: str, loaded: Manifest, chunks: Sequence[tuple[Chunk, str]]) -> Iterator[str]:
-    reader = RangeReader(tier, key)
-    shard = next((shard for shard in loaded.shards if key.endswith(f"/{shard.file}")), None)
-    if shard is not None:
-        if reader.size_bytes != shard.size_bytes:
-            yield f"{reader.size_bytes} bytes where the manifest says {shard.size_bytes}"
-            return
-        own = [chunk for chunk, _ in chunks if chunk.shard == shard.rank]
-        header_bytes = own[0].begin if own else shard.size_bytes
-        if not _lie_side_by_side(own, shard.size_bytes):
-            yield "the manifest does not say what all its bytes are"
-        elif shard_digest(_read(reader, header_bytes), [chunk.digest or "" for chunk in own]) != shard.digest:
-            yield "its header is not what was committed (its digest differs)"
-    for chunk, name in chunks:
-        if chunk.end > reader.size_bytes:
-            yield f"{reader.size_bytes} bytes, which is too short for tensor {name!r}"
-        elif _digest(reader, chunk) != (chunk.digest, chunk.leaves):
-            yield f"tensor {name!r} is not what was committed (its digest differs)"
+def held(tier: Tier, job: str, *, with_values: bool) -> list[Held]:
+    """Return what retention asks about the checkpoints committed on a tier, oldest first.
+
+    Without values everything comes from one listing, and a checkpoint is as old as its manifest is on this tier. With
+    values every manifest is read, and it is as old as that says. One that can't be parsed has no values, which is for
+    `verify` to find; one that was pruned meanwhile is left out.
+
+    Raises `DamagedError` when a tag can't be read, since nobody knows what it keeps.
+    """
+    committed_at: dict[CheckpointId, float] = {}
+    sizes: dict[CheckpointId, int] = defaultdict(int)
+    names: list[str] = []
+    for entry in tier.list(f"{job}/"):
+        manifest_of, lies_in, tag = (
+            keys.parse_manifest_key(entry.key),
+            keys.parse_folder(entry.key),
+            keys.parse_tag_key(entry.key),
+        )
+        if manifest_of is not None:
+            committed_at[manifest_of] = entry.modified_at
+        elif lies_in is not None:
+            sizes[lies_in] += entry.size_bytes
+        elif tag is not None:
+            names.append(tag)
+    tagged: dict[CheckpointId, tuple[str, ...]] = defaultdict(tuple)
+    for tag, named in _read_tags(tier, job, names).items():
+        tagged[named.id] += (tag,)
+    found = [Held(item, at, sizes[item], {}, tagged[item]) for item, at in sorted(committed_at.items())]
+    if not with_values:
+        return found
+    return [item for item in _in_parallel(partial(_with_values, tier, job), found) if item is not None]
 
 
-def _lie_side_by_side(own: Sequence[Chunk], end: int) -> bool:
-    begins = [chunk.begin for chunk in own]
-    return bool(own) and [chunk.end for chunk in own] == [*begins[1:], end]
+def _with_values(tier: Tier, job: str, known: Held) -> Held | None:
+    try:
+        loaded = load_manifest(tier, job, known.id)
+    except NotFoundError:
+        return None
+    except DamagedError:
+        return known
+    return replace(known, committed_at=loaded.created_at, size_bytes=loaded.size_bytes, values=loaded.values)
 
 
-def _read(reader: RangeReader, size: int) -> bytes:
-    step = image.BLOCK_BYTES
-    return b"".join(bytes(reader.read(at, min(at + step, size))) for at in range(0, size, step))
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """A name that somebody has given to a checkpoint."""
+
+    id: CheckpointId
+    created_at: float
 
 
-def _digest(reader: RangeReader, chunk: Chunk) -> TensorDigest:
-    return of_leaves(digest(reader.read(begin, end)) for begin, end, _ in leaves(chunk))
+def tags(tier: Tier, job: str) -> dict[str, Tag]:
+    """Return the tags of a job on a tier by name; raises `DamagedError` when one can't be read."""
+    found = map(keys.parse_tag_key, (entry.key for entry in tier.list(f"{job}/tags/")))
+    return _read_tags(tier, job, [tag for tag in found if tag is not None])
+
+
+def put_tag(tier: Tier, job: str, tag: str, checkpoint: CheckpointId, created_at: float, *, move: bool = False) -> None:
+    """Give a committed checkpoint a name on a tier, which keeps it there where retention says so.
+
+    Raises `NotFoundError` when it is not committed there, and `FencedError` when the name is another one's, unless
+    it may `move`.
+    """
+    key = keys.tag_key(job, tag)
+    tier.size_bytes(keys.manifest_key(job, checkpoint))
+    document = {**checkpoint._asdict(), "created_at": created_at}
+    create_only = tier.capabilities.create_only_put and not move
+    try:
+        if not create_only and not move:
+            _refuse_existing(tier, key)
+        tier.put(key, json.dumps(document).encode() + b"\n", create_only=create_only)
+    except FencedError as error:
+        if _read_tag(tier, job, tag).id != checkpoint:
+            raise FencedError(
+                f"tag {tag!r} of job {job} names another checkpoint on {tier.url}", hint="remove it, or move it"
+            ) from error
+
+
+def _refuse_existing(tier: Tier, key: str) -> None:
+    try:
+        tier.size_bytes(key)
+    except NotFoundError:
+        return
+    raise FencedError(f"{tier.url}/{key} exists already")
+
+
+def remove_tag(tier: Tier, job: str, tag: str) -> None:
+    """Take a name away again; raises `NotFoundError` when there is none."""
+    key = keys.tag_key(job, tag)
+    tier.size_bytes(key)
+    tier.delete(key)
+
+
+def _read_tags(tier: Tier, job: str, names: Sequence[str]) -> dict[str, Tag]:
+    found = zip(names, _in_parallel(partial(_read_listed_tag, tier, job), names), strict=True)
+    return {name: tag for name, tag in found if tag is not None}
+
+
+def _read_listed_tag(tier: Tier, job: str, tag: str) -> Tag | None:
+    with contextlib.suppress(NotFoundError):  # removed meanwhile
+        return _read_tag(tier, job, tag)
+    return None
+
+
+def _read_tag(tier: Tier, job: str, tag: str) -> Tag:
+    key = keys.tag_key(job, tag)
+    try:
+        document = json.loads(tier.get(key))
+        return Tag(CheckpointId(int(document["generation"]), int(document["step"])), float(document["created_at"]))
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise DamagedError(
+            f"the tag {tier.url}/{key} can't be read", hint="it names a checkpoint that is kept; put or remove it anew"
+        ) from error
+
+
+def _in_parallel(read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Read small objects, several at a time: far away each takes its time, and none of it is ours."""
+    found: dict[int, Result] = {}
+
+    def serve(at: int) -> None:
+        found[at] = read(items[at])
+
+    flight.run(range(len(items)), lambda: serve, _READS_AT_ONCE)
+    return [found[at] for at in range(len(items))]

@@ -6,12 +6,12 @@ import ctypes
 import errno
 import mmap
 import os
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable
 
 from ckptd.storage import flight
+from ckptd.storage.addresses import address_of
 from ckptd.storage.image import BLOCK_BYTES, round_up
+from ckptd.storage.stream import Buffers, Stream
 
 IO_BYTES = 4 * 2**20
 """How much one request moves."""
@@ -31,69 +31,19 @@ class AlignedBuffer:
         self.address = address_of(self.view)
 
 
-class _PyBuffer(ctypes.Structure):
-    """`Py_buffer` of the stable ABI."""
-
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.c_void_p),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
-
-
-_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
-_get_buffer.argtypes = (ctypes.py_object, ctypes.POINTER(_PyBuffer), ctypes.c_int)
-_release_buffer = ctypes.pythonapi.PyBuffer_Release
-_release_buffer.argtypes = (ctypes.POINTER(_PyBuffer),)
-_release_buffer.restype = None
-_view_of_memory = ctypes.pythonapi.PyMemoryView_FromMemory
-_view_of_memory.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-_view_of_memory.restype = ctypes.py_object
-_WRITABLE = 0x200
-
-
-def address_of(view: memoryview) -> int:
-    """Return where a contiguous view's bytes lie; it has to be kept alive as long as the address is used."""
-    buffer = _PyBuffer()
-    _get_buffer(view, ctypes.byref(buffer), 0)
-    try:
-        return buffer.buf or 0
-    finally:
-        _release_buffer(ctypes.byref(buffer))
-
-
-def view_at(address: int, size_bytes: int) -> memoryview:
-    """Return a writable view of memory that somebody else keeps alive.
-
-    Cheaper than a ctypes array, whose type would have to be made for every size.
-    """
-    view: memoryview = _view_of_memory(address, size_bytes, _WRITABLE)
-    return view.cast("B")
-
-
 def is_aligned(*numbers: int) -> bool:
     """Whether addresses, offsets and lengths are whole blocks."""
     return not any(number % BLOCK_BYTES for number in numbers)
 
 
-def write(descriptor: int, parts: Sequence[memoryview], pace: Callable[[int], None] | None) -> None:
-    """Write parts end to end to a file that was opened with O_DIRECT, several writes in flight; no fsync.
+def write(descriptor: int, data: Stream, pace: Callable[[int], None] | None) -> None:
+    """Write a stream with any bytes to a file that was opened with O_DIRECT, several writes in flight; no fsync.
 
-    It is a new file, or one that has no more blocks than are written now, so that nothing of it is left. What lies
-    aligned is written from where it is, all else by way of aligned memory, the last block padded and cut off again.
-    Raises `OSError`, with EINVAL when the filesystem wants another alignment.
+    The file is a new one, or one of whole blocks that has no more of them than are written. Buffers that lie aligned
+    are written from where they are, all else by way of aligned memory, the last block padded and cut off again. Raises
+    `OSError`, with EINVAL when the filesystem wants another alignment.
     """
-    ends = list(accumulate(len(part) for part in parts))
-    size_bytes = ends[-1]
-    addresses = [address_of(part) for part in parts]
+    size_bytes = data.size_bytes
     _allocate(descriptor, round_up(size_bytes))
 
     def prepare() -> Callable[[int], None]:
@@ -104,19 +54,14 @@ def write(descriptor: int, parts: Sequence[memoryview], pace: Callable[[int], No
             end = min(begin + IO_BYTES, size_bytes)
             if pace is not None:
                 pace(end - begin)
-            first = bisect_right(ends, begin)
-            at = begin - (ends[first] - len(parts[first]))
-            if end <= ends[first] and is_aligned(addresses[first] + at, end - begin):
-                write_all(descriptor, parts[first][at : at + end - begin], begin)
+            piece = data.view(begin, end) if isinstance(data, Buffers) else None
+            if piece is not None and is_aligned(address_of(piece), end - begin):
+                write_all(descriptor, piece, begin)
                 return
             if bounce is None:
                 bounce = AlignedBuffer(IO_BYTES)
-            filled = 0
-            while filled < end - begin:
-                count = min(len(parts[first]) - at, end - begin - filled)
-                ctypes.memmove(bounce.address + filled, addresses[first] + at, count)  # releases the GIL
-                filled, first, at = filled + count, first + 1, 0
-            write_all(descriptor, bounce.view[: round_up(filled)], begin)
+            data.read_into(begin, bounce.view[: end - begin])
+            write_all(descriptor, bounce.view[: round_up(end - begin)], begin)
 
         return serve
 

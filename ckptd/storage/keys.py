@@ -3,6 +3,7 @@
     <job>/g<generation:06d>/generation.json
     <job>/g<generation:06d>/s<step:012d>/rank-00000.safetensors ...
     <job>/g<generation:06d>/s<step:012d>/manifest.json
+    <job>/tags/<name>.json
 
 A zombie of an old generation can only write under its own prefix, and names sort in the order of time.
 """
@@ -20,6 +21,8 @@ _JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHARD_FILE = re.compile(r"g\d{6,}/s\d{12,}/rank-\d{5,}\.safetensors")
 _FOLDER = re.compile(r"[^/]+/g(?P<generation>\d{6,})/s(?P<step>\d{12,})/")
 _MANIFEST_KEY = re.compile(r"(?P<job>[^/]+)/g(?P<generation>\d{6,})/s(?P<step>\d{12,})/manifest\.json")
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_TAG_KEY = re.compile(rf"[^/]+/tags/(?P<tag>{_TAG.pattern})\.json")
 _GENERATION_KEY = re.compile(r"(?P<job>[^/]+)/g(?P<generation>\d{6,})/generation\.json")
 
 
@@ -89,3 +92,19 @@ def parse_generation_key(key: str) -> int | None:
     """Return which generation a key claims, None when it claims none."""
     match = _GENERATION_KEY.fullmatch(key)
     return int(match["generation"]) if match else None
+
+
+def tag_key(job: str, tag: str) -> str:
+    """Return the key of a tag, which names a checkpoint; raises `ConfigError` when it can't be the name of one."""
+    if not _TAG.fullmatch(tag):
+        raise ConfigError(
+            f"{tag!r} can't be a tag",
+            hint="use up to 128 letters, digits, dots, dashes and underscores, starting with a letter or digit",
+        )
+    return f"{job}/tags/{tag}.json"
+
+
+def parse_tag_key(key: str) -> str | None:
+    """Return which tag a key is, None when it is none."""
+    match = _TAG_KEY.fullmatch(key)
+    return match["tag"] if match else None

@@ -12,23 +12,26 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ckptd.errors import DamagedError, FencedError, NotFoundError, StoreError
+from ckptd.errors import DamagedError, FencedError, FullError, NotFoundError, RefusedError, StoreError
 from ckptd.storage import direct
 from ckptd.storage.folders import make_folders, sync_folder
 from ckptd.storage.hints import hint_for
 from ckptd.storage.image import BLOCK_BYTES
 from ckptd.storage.spares import Spares
-from ckptd.storage.tier import Capabilities, Data, Entry, Pace, buffers
+from ckptd.storage.stream import Stream, piece, stream_of
+from ckptd.storage.tier import Capabilities, Cost, Data, Entry, FailureGroup, Pace
 
 _DIRECT_MIN_BYTES = 2**20
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 _TEMPORARY = ".tmp-"
 _SPARES = f"{_TEMPORARY}spares"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FOLDER_ATTEMPTS = 10
 
 
@@ -36,7 +39,17 @@ class LocalTier:
     """A folder as a tier. Keys are paths below it; temporary files start with ``.tmp-`` and are nobody's objects."""
 
     name = "local"
-    capabilities = Capabilities(create_only_put=True, range_read=True, survives_process=True, survives_node=False)
+    capabilities = Capabilities(
+        create_only_put=True,
+        atomic_replace=True,
+        range_read=True,
+        multipart=False,
+        server_checksum=False,
+        consistent_list=True,
+        lends_files=True,
+        cost=Cost.DISK,
+        failure_group=FailureGroup.NODE,
+    )
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -50,19 +63,19 @@ class LocalTier:
 
     def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         """Write a file, whole and durable, under its final name."""
-        path, parts = self.root / key, buffers(data)
+        path, stream = self.root / key, stream_of(data)
         try:
-            self._with_room(lambda: self._put(path, parts, create_only, pace))
+            self._with_room(lambda: self._put(path, stream, create_only, pace))
         except OSError as error:
             raise _failed("write", path, error) from error
-        if _is_large(parts):
+        if stream.size_bytes >= _DIRECT_MIN_BYTES:
             self._spares.note(path)
 
-    def _put(self, path: Path, parts: Sequence[memoryview], create_only: bool, pace: Pace | None) -> None:
+    def _put(self, path: Path, data: Stream, create_only: bool, pace: Pace | None) -> None:
         # The name is random, since process numbers repeat on a filesystem that several nodes or containers share.
         temporary = path.with_name(f"{_TEMPORARY}{os.urandom(8).hex()}-{path.name}")
         try:
-            _write_new(temporary, parts, pace, self._spares)
+            _write_new(temporary, data, pace, self._spares)
             if create_only:
                 _link_new(temporary, path)
             else:
@@ -155,6 +168,22 @@ class LocalTier:
             except OSError:
                 break  # not empty, or gone
 
+    def sweep(self, prefix: str, older_than_s: float) -> Sequence[str]:
+        """Remove temporary files; spares are nobody's either, but they look after themselves."""
+        folder, before_s = self.root / prefix.rpartition("/")[0], time.time() - older_than_s
+        removed = []
+        try:
+            for path in folder.rglob(f"{_TEMPORARY}*"):
+                if _SPARES in (path.parent.name, path.name):
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_mtime < before_s:
+                        path.unlink()
+                        removed.append(f"temporary file {path}")
+        except OSError as error:
+            raise _failed("sweep", folder, error) from error
+        return removed
+
     def check_writable(self) -> None:
         """Create the root and a file in it, then remove the file."""
         try:
@@ -162,6 +191,10 @@ class LocalTier:
             self._with_room(self._probe)
         except OSError as error:
             raise _failed("write to", self.root, error) from error
+
+    def close(self) -> None:
+        """Let go of spares; nothing else is held."""
+        self._spares.close()
 
     def _probe(self) -> None:
         probe = self.root / f"{_TEMPORARY}{os.urandom(8).hex()}-probe"
@@ -171,12 +204,12 @@ class LocalTier:
             probe.unlink(missing_ok=True)
 
 
-def _write_new(path: Path, parts: Sequence[memoryview], pace: Pace | None, spares: Spares) -> None:
+def _write_new(path: Path, data: Stream, pace: Pace | None, spares: Spares) -> None:
     """Write a file in a folder that need not exist, and that a prune may remove while it is still empty."""
     for left in reversed(range(_FOLDER_ATTEMPTS)):
         try:
             make_folders(path.parent)
-            _write(path, parts, pace, spares)
+            _write(path, data, pace, spares)
         except FileNotFoundError:
             if not left:
                 raise
@@ -191,32 +224,25 @@ def _link_new(temporary: Path, path: Path) -> None:
         raise FencedError(f"{path} exists already") from error
 
 
-def _is_large(parts: Sequence[memoryview]) -> bool:
-    return sum(map(len, parts)) >= _DIRECT_MIN_BYTES
-
-
-def _write(path: Path, parts: Sequence[memoryview], pace: Pace | None, spares: Spares) -> None:
-    if _is_large(parts) and _write_direct(path, parts, pace, spares):
+def _write(path: Path, data: Stream, pace: Pace | None, spares: Spares) -> None:
+    if data.size_bytes >= _DIRECT_MIN_BYTES and _write_direct(path, data, pace, spares):
         return
     with _opened(path, _NEW) as descriptor:
-        at = 0
-        for part in parts:
-            for begin in range(0, len(part), direct.IO_BYTES):
-                piece = part[begin : begin + direct.IO_BYTES]
-                if pace is not None:
-                    pace(len(piece))
-                direct.write_all(descriptor, piece, at + begin)
-            at += len(part)
+        for begin in range(0, data.size_bytes, direct.IO_BYTES):
+            end = min(begin + direct.IO_BYTES, data.size_bytes)
+            if pace is not None:
+                pace(end - begin)
+            direct.write_all(descriptor, piece(data, begin, end), begin)
         os.fsync(descriptor)
 
 
-def _write_direct(path: Path, parts: Sequence[memoryview], pace: Pace | None, spares: Spares) -> bool:
+def _write_direct(path: Path, data: Stream, pace: Pace | None, spares: Spares) -> bool:
     """Write with O_DIRECT; return False when the filesystem refuses that or wants another alignment."""
     written = False
-    spare = spares.take(path, sum(map(len, parts)))
+    spare = spares.take(path, data.size_bytes)
     try:
         with _opened(path, _NEW | os.O_DIRECT) if spare is None else _closing(spare) as descriptor:
-            direct.write(descriptor, parts, pace)
+            direct.write(descriptor, data, pace)
             written = True
             os.fsync(descriptor)
     except OSError as error:
@@ -266,4 +292,5 @@ def _read_all(path: Path, extra_flags: int, offset: int, into: memoryview) -> in
 def _failed(verb: str, path: Path, error: OSError) -> StoreError | NotFoundError:
     if isinstance(error, FileNotFoundError) and verb == "read":
         return NotFoundError(f"no file {path}")
-    return StoreError(f"can't {verb} {path}: {error.strerror or error}", hint=hint_for(error))
+    kind = FullError if error.errno in _NO_ROOM else RefusedError if error.errno in _NOT_ALLOWED else StoreError
+    return kind(f"can't {verb} {path}: {error.strerror or error}", hint=hint_for(error))

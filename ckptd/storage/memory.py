@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ckptd.errors import DamagedError, FencedError, NotFoundError, StoreError
-from ckptd.storage.tier import Capabilities, Data, Entry, Pace, buffers
+from ckptd.storage.stream import piece, stream_of
+from ckptd.storage.tier import Capabilities, Cost, Data, Entry, FailureGroup, Pace
 
 
 class MemoryTier:
@@ -15,16 +16,27 @@ class MemoryTier:
 
     name = "memory"
     url = "memory://"
-    capabilities = Capabilities(create_only_put=True, range_read=True, survives_process=False, survives_node=False)
+    capabilities = Capabilities(
+        create_only_put=True,
+        atomic_replace=True,
+        range_read=True,
+        multipart=False,
+        server_checksum=False,
+        consistent_list=True,
+        lends_files=False,
+        cost=Cost.MEMORY,
+        failure_group=FailureGroup.PROCESS,
+    )
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, float]] = {}
 
     def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         """Keep a copy of `data`."""
-        kept = (b"".join(buffers(data)), time.time())
+        stream = stream_of(data)
         if pace is not None:
-            pace(len(kept[0]))
+            pace(stream.size_bytes)
+        kept = (bytes(piece(stream, 0, stream.size_bytes)), time.time())
         if not create_only:
             self.objects[key] = kept
         elif self.objects.setdefault(key, kept) is not kept:  # one step, so that one of many threads wins
@@ -69,6 +81,14 @@ class MemoryTier:
     def delete(self, key: str) -> None:
         """Forget the object."""
         self.objects.pop(key, None)
+
+    def sweep(self, prefix: str, older_than_s: float) -> Sequence[str]:
+        """Find nothing: a put is over at once."""
+        del prefix, older_than_s
+        return ()
+
+    def close(self) -> None:
+        """Keep everything: objects are gone with the tier."""
 
     def check_writable(self) -> None:
         """Do nothing: memory takes what fits."""

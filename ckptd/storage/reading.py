@@ -21,8 +21,8 @@ import xxhash
 
 from ckptd.errors import DamagedError, invariant
 from ckptd.storage import flight
+from ckptd.storage.addresses import view_at
 from ckptd.storage.digest import LEAF_BYTES, digest
-from ckptd.storage.direct import view_at
 from ckptd.storage.manifest import Chunk
 from ckptd.storage.source import REQUEST_BYTES, Place, Reader, Source, open_source
 

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ckptd.errors import StoreError
+from ckptd.storage.addresses import address_of, view_at
 from ckptd.storage.digest import LEAF_BYTES
-from ckptd.storage.direct import AlignedBuffer, address_of, is_aligned, view_at
+from ckptd.storage.direct import AlignedBuffer, is_aligned
 from ckptd.storage.hints import hint_for
 from ckptd.storage.image import BLOCK_BYTES, round_up
 

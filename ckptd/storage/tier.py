@@ -2,27 +2,41 @@
 
 A tier maps keys to immutable objects. Calls block and run in the agent's storage threads; they raise `StoreError`
 (with what and where) for everything that goes wrong, and `NotFoundError` for a key that isn't there. Retrying is not
-theirs to do. What a tier can't do is declared in its `Capabilities`, never imitated.
+theirs to do: an error says by `retryable` whether the same call may succeed later. What a tier can't do is declared in
+its `Capabilities`, never imitated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum, StrEnum
 from typing import Protocol
 
+from ckptd.storage.stream import Stream
+
 Buffer = bytes | memoryview
-Data = Buffer | Sequence[Buffer]
-"""What an object is put from: one buffer, or several that are written end to end as one object."""
+Data = Buffer | Sequence[Buffer] | Stream
+"""What an object is put from: one buffer, several that become one object end to end, or a stream."""
 
 Pace = Callable[[int], None]
 """Called with a number of bytes before they are moved; blocks for as long as they have to wait."""
 
 
-def buffers(data: Data) -> list[memoryview]:
-    """Return what `data` consists of as views of format "B", without the empty ones."""
-    parts = [data] if isinstance(data, bytes | memoryview) else data
-    return [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes]
+class Cost(IntEnum):
+    """What reading from a tier costs: of several copies a restore takes the cheapest."""
+
+    MEMORY = 0
+    DISK = 1
+    NETWORK = 2
+
+
+class FailureGroup(StrEnum):
+    """What takes all objects of a tier with it when it is lost."""
+
+    PROCESS = "process"
+    NODE = "node"
+    SITE = "site"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +45,20 @@ class Capabilities:
 
     create_only_put: bool
     """`put(create_only=True)` has one winner, however many race for a key."""
+    atomic_replace: bool
+    """Whoever reads beside a put finds the old object or the new one."""
     range_read: bool
     """`read_into` reads just the range asked for."""
-    survives_process: bool
-    """Objects outlive the process that put them."""
-    survives_node: bool
-    """Objects outlive the node."""
+    multipart: bool
+    """A large object is sent in parts, several at once, and what an earlier attempt has sent is not sent again."""
+    server_checksum: bool
+    """The other side refuses bytes that have changed on their way."""
+    consistent_list: bool
+    """A listing shows every put and delete that has returned."""
+    lends_files: bool
+    """`open` opens an object where it lies; otherwise it brings a copy first."""
+    cost: Cost
+    failure_group: FailureGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +91,8 @@ class Tier(Protocol):
     def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         """Keep `data` under `key`: durable when this returns, and seen whole or not at all by every reader.
 
-        A sequence of buffers becomes one object, so that a file can be put together without copying its parts.
+        A sequence of buffers becomes one object, so that a file can be put together without copying its parts; a
+        stream is read piece by piece, never as a whole. What reading it raises is raised, and nothing is put then.
         `pace` is asked before each piece, from any thread, so that a put takes no more bandwidth than it may.
 
         With `create_only` an existing key is left alone and `FencedError` raised; it needs that capability.
@@ -104,6 +127,18 @@ class Tier(Protocol):
         """Remove an object; one that isn't there is no error, since two prunes may meet."""
         ...
 
+    def sweep(self, prefix: str, older_than_s: float) -> Sequence[str]:
+        """Remove what killed puts have left below `prefix` that is no object, if it is older; return what that was.
+
+        Temporary files and open multipart uploads, in words for the log. What a living put is at is younger than
+        anything that is worth sweeping: the age is the caller's to choose.
+        """
+        ...
+
     def check_writable(self) -> None:
         """Raise `StoreError` unless an object could be put now; called before a job starts."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections and threads; nothing else is called afterwards."""
         ...

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
 from ckptd.errors import DamagedError, FencedError, NotFoundError, StoreError
 from ckptd.storage import catalog, image, keys, manifest, reading
-from ckptd.storage.tier import Tier
+from ckptd.storage.tier import FailureGroup, Tier
 from ckptd.testing.expecting import expecting, only_if
+from ckptd.testing.tier_streams import StreamTests
+from ckptd.testing.working import at_once, in_turns, keys_of, pattern, raise_first
 from ckptd.types import CheckpointId
 
 _JOB = "conformance"
@@ -23,21 +23,14 @@ _SIZES = (0, 1, _BLOCK - 1, _BLOCK, _BLOCK + 1, 2**20 - 1, 2**20, 2**20 + _BLOCK
 """Around every boundary at which a tier may change how it writes: a block, a part, a direct write."""
 
 
-class TierSuite:
+class TierSuite(StreamTests):
     """The contract of `ckptd.storage.tier.Tier`: subclass it and give it a `tier` fixture.
 
     The fixture yields an empty tier, a new one for each test. What the tier does not declare in its `Capabilities` is
-    not asked of it, except that it must not pretend. A tier that declares `survives_process` should override
-    `reopen`, so that the suite can look at its objects through another one.
+    not asked of it, except that it must not pretend. A tier that outlives its process should override `reopen`, so
+    that the suite can look at its objects through another one, and a tier whose killed puts leave something behind
+    should override `litter`.
     """
-
-    racers = 8
-    """How many threads race in the tests that race."""
-
-    def reopen(self, tier: Tier) -> Tier | None:
-        """Return another tier at the same place, that shares nothing in memory with `tier`; None if there is none."""
-        del tier
-        return None
 
     # --- one object -------------------------------------------------------------------------------------------
 
@@ -46,12 +39,13 @@ class TierSuite:
         assert tier.name
         assert not any(character.isspace() for character in tier.name)
         assert tier.url
-        assert "@" not in tier.url.partition("://")[2].partition("/")[0], "a URL with credentials reaches logs"
+        user, at, _ = tier.url.partition("://")[2].partition("/")[0].rpartition("@")
+        assert not (at and ":" in user), "a URL with credentials reaches logs"
 
     def test_returns_what_was_put(self, tier: Tier) -> None:
         """Every size comes back byte for byte, whole and in place."""
         for size in _SIZES:
-            data = _pattern(size, seed=size)
+            data = pattern(size, seed=size)
             tier.put(f"sizes/{size}", data)
             assert tier.size_bytes(f"sizes/{size}") == size
             assert tier.get(f"sizes/{size}") == data, f"{size} bytes came back changed"
@@ -61,7 +55,7 @@ class TierSuite:
 
     def test_takes_any_buffer(self, tier: Tier) -> None:
         """A writable view, a read-only view and a view that begins anywhere are put like bytes."""
-        data = _pattern(3 * 2**20, seed=1)
+        data = pattern(3 * 2**20, seed=1)
         for name, buffer in (
             ("writable", memoryview(bytearray(data))),
             ("read-only", memoryview(data)),
@@ -72,7 +66,7 @@ class TierSuite:
 
     def test_puts_several_buffers_as_one(self, tier: Tier) -> None:
         """A sequence of buffers of any sizes becomes one object, end to end, whatever their alignment."""
-        data = _pattern(7 * 2**20 + 5, seed=10)
+        data = pattern(7 * 2**20 + 5, seed=10)
         for name, cuts in (
             ("none", ()),
             ("one", (7 * 2**20,)),
@@ -89,27 +83,27 @@ class TierSuite:
         """`pace` is asked for every byte of a put exactly once, so that a bound on bandwidth means what it says."""
         for size in (10, 2**20 + 5, 9 * 2**20):
             asked: list[int] = []
-            tier.put("paced", _pattern(size, seed=9), pace=asked.append)
+            tier.put("paced", pattern(size, seed=9), pace=asked.append)
             assert sum(asked) == size, f"a put of {size} bytes asked for {sum(asked)}"
-            assert tier.get("paced") == _pattern(size, seed=9)
+            assert tier.get("paced") == pattern(size, seed=9)
 
     def test_keeps_no_reference(self, tier: Tier) -> None:
         """What is put is kept as it was then: slots are written again as soon as a flush is over."""
         for size in (16, 2 * 2**20):
-            buffer = bytearray(_pattern(size, seed=2))
+            buffer = bytearray(pattern(size, seed=2))
             tier.put("kept", memoryview(buffer))
             buffer[:] = bytes(size)
-            assert tier.get("kept") == _pattern(size, seed=2)
+            assert tier.get("kept") == pattern(size, seed=2)
 
     def test_replaces_whole(self, tier: Tier) -> None:
         """A second put leaves nothing of the first, be it longer or shorter."""
         for size in (2 * 2**20, 10, 2**20 + 7):
-            tier.put("replaced", _pattern(size, seed=size))
-            assert tier.get("replaced") == _pattern(size, seed=size)
+            tier.put("replaced", pattern(size, seed=size))
+            assert tier.get("replaced") == pattern(size, seed=size)
 
     def test_reads_ranges(self, tier: Tier) -> None:
         """Any range fills just the memory it was given, to its last byte."""
-        data = _pattern(4 * 2**20, seed=3)
+        data = pattern(4 * 2**20, seed=3)
         tier.put("ranges", data)
         for offset, size in ((0, 8), (1, 1), (_BLOCK, 2**20), (_BLOCK - 1, 2**20 + 2), (2**20, 3 * 2**20), (77, 0)):
             room = memoryview(bytearray(size + 2))
@@ -120,14 +114,14 @@ class TierSuite:
     def test_a_range_behind_the_end_is_damage(self, tier: Tier) -> None:
         """An object that ends before the wanted range does is damaged: never a short read, never stale memory."""
         for size in (10, _BLOCK, 2**20 + 1, 2 * 2**20):
-            tier.put("short", _pattern(size, seed=4))
+            tier.put("short", pattern(size, seed=4))
             for offset, wanted in ((0, size + 1), (size - 1, 2), (size, 1), (size + _BLOCK, 8), (0, size + 2**20)):
                 with expecting(DamagedError, f"{wanted} bytes from {offset} of {size} were read"):
                     tier.read_into("short", offset, memoryview(bytearray(wanted)))
 
     def test_opens_for_reading(self, tier: Tier) -> None:
         """A descriptor reads the object as it was when it was opened, can't write it, and outlives its deletion."""
-        data = _pattern(2**20 + 5, seed=8)
+        data = pattern(2**20 + 5, seed=8)
         tier.put("opened", data)
         descriptor = tier.open("opened")
         try:
@@ -158,19 +152,22 @@ class TierSuite:
 
     def test_outlives_its_process(self, tier: Tier) -> None:
         """Another tier at the same place finds what this one has put."""
-        only_if(tier.capabilities.survives_process, "the tier declares that it does not survive its process")
-        tier.put("a/kept", _pattern(2**20, seed=5))
+        only_if(
+            tier.capabilities.failure_group is not FailureGroup.PROCESS,
+            "the tier declares that it is lost with its process",
+        )
+        tier.put("a/kept", pattern(2**20, seed=5))
         other = self.reopen(tier)
         only_if(other is not None, "`reopen` is not overridden")
         assert other is not None
-        assert other.get("a/kept") == _pattern(2**20, seed=5)
+        assert other.get("a/kept") == pattern(2**20, seed=5)
         assert [entry.key for entry in other.list("")] == ["a/kept"]
 
     def test_says_that_it_is_writable(self, tier: Tier) -> None:
         """`check_writable` passes on a tier that works, from many threads at once, and leaves nothing behind."""
         tier.put("before", b"1")
-        _raise_first(_at_once(self.racers, lambda _: tier.check_writable()))
-        assert _keys(tier, "") == {"before"}
+        raise_first(at_once(self.racers, lambda _: tier.check_writable()))
+        assert keys_of(tier, "") == {"before"}
 
     # --- listing and deleting ---------------------------------------------------------------------------------
 
@@ -181,7 +178,7 @@ class TierSuite:
             tier.put(key, b"x")
         for prefix in ("", "job/", "job", "job-", "job/g000001/", "job/g00", "job/g000001/s1/a", "t", "nothing/", "z"):
             wanted = {key for key in everything if key.startswith(prefix)}
-            assert _keys(tier, prefix) == wanted, f"the listing of {prefix!r} is wrong"
+            assert keys_of(tier, prefix) == wanted, f"the listing of {prefix!r} is wrong"
 
     def test_lists_sizes_and_times(self, tier: Tier) -> None:
         """An entry says how large its object is and when it was put, by the wall clock."""
@@ -193,15 +190,15 @@ class TierSuite:
 
     def test_an_empty_tier_lists_nothing(self, tier: Tier) -> None:
         """Nothing was put, so nothing is listed, and that is no error."""
-        assert _keys(tier, "") == set()
-        assert _keys(tier, "job/g000001/") == set()
+        assert keys_of(tier, "") == set()
+        assert keys_of(tier, "job/g000001/") == set()
 
     def test_deletes_one_object(self, tier: Tier) -> None:
         """A deleted object is gone from every call, and its neighbours stay."""
         for key in ("job/s1/a", "job/s1/ab", "job/s2/a"):
             tier.put(key, b"x")
         tier.delete("job/s1/a")
-        assert _keys(tier, "") == {"job/s1/ab", "job/s2/a"}
+        assert keys_of(tier, "") == {"job/s1/ab", "job/s2/a"}
         with expecting(NotFoundError, "a deleted object was read"):
             tier.get("job/s1/a")
         tier.put("job/s1/a", b"again")
@@ -212,7 +209,7 @@ class TierSuite:
         tier.put("job/a", b"x")
         for key in ("job/a", "job/a", "job/never", "never/never/never"):
             tier.delete(key)
-        assert _keys(tier, "") == set()
+        assert keys_of(tier, "") == set()
 
     # --- create only ------------------------------------------------------------------------------------------
 
@@ -222,16 +219,17 @@ class TierSuite:
         tier.put("claimed", b"first", create_only=True)
         for size in (6, 2 * 2**20):
             with expecting(FencedError, "an existing key was claimed"):
-                tier.put("claimed", _pattern(size, seed=6), create_only=True)
+                tier.put("claimed", pattern(size, seed=6), create_only=True)
         assert tier.get("claimed") == b"first"
-        assert _keys(tier, "") == {"claimed"}
+        assert keys_of(tier, "") == {"claimed"}
 
     def test_create_only_has_one_winner(self, tier: Tier) -> None:
         """However many race for a key, one put succeeds, and the object is the winner's."""
         only_if(tier.capabilities.create_only_put, "the tier declares no create-only put")
         for turn in range(10):
             key = f"races/{turn}"
-            errors = _at_once(self.racers, partial(_claim, tier, key))
+            with in_turns():
+                errors = at_once(self.racers, partial(_claim, tier, key))
             winners = [number for number, error in enumerate(errors) if error is None]
             assert len(winners) == 1, f"{len(winners)} of {self.racers} created {key}"
             assert tier.get(key) == b"%d" % winners[0]
@@ -243,7 +241,7 @@ class TierSuite:
         only_if(not tier.capabilities.create_only_put, "the tier declares create-only put")
         with expecting(StoreError, "a create-only put was taken"):
             tier.put("claimed", b"first", create_only=True)
-        assert _keys(tier, "") == set()
+        assert keys_of(tier, "") == set()
 
     # --- all at once ------------------------------------------------------------------------------------------
 
@@ -272,7 +270,25 @@ class TierSuite:
             finally:
                 over.set()
 
-        _raise_first(_at_once(3, write_and_look))
+        raise_first(at_once(3, write_and_look))
+
+    def test_replaces_at_once(self, tier: Tier) -> None:
+        """With `atomic_replace` there is no moment at which an object that is being replaced is missing."""
+        only_if(tier.capabilities.atomic_replace, "the tier declares no atomic replace")
+        tier.put("job/replaced", b"0" * 1000)
+        over = threading.Event()
+
+        def work(number: int) -> None:
+            while number and not over.is_set():
+                found = tier.get("job/replaced")
+                assert len(found) == 1000 == tier.size_bytes("job/replaced")
+            try:
+                for turn in range(0 if number else 20):
+                    tier.put("job/replaced", b"%d" % (turn % 10) * 1000)
+            finally:
+                over.set()
+
+        raise_first(at_once(3, work))
 
     def test_puts_do_not_disturb_each_other(self, tier: Tier) -> None:
         """Many threads put, read and delete neighbours at once, and each finds its own bytes."""
@@ -280,15 +296,15 @@ class TierSuite:
         def work(number: int) -> None:
             for turn in range(5):
                 key = f"job/s{turn}/rank-{number}"
-                tier.put(key, _pattern(100_000 + number, seed=number))
-                assert tier.get(key) == _pattern(100_000 + number, seed=number)
+                tier.put(key, pattern(100_000 + number, seed=number))
+                assert tier.get(key) == pattern(100_000 + number, seed=number)
                 if turn % 2:
                     tier.delete(key)
                 list(tier.list("job/"))
 
         tier.put("job/stays", b"x")
-        _raise_first(_at_once(self.racers, work))
-        assert len(_keys(tier, "job/s")) == 3 * self.racers + 1
+        raise_first(at_once(self.racers, work))
+        assert len(keys_of(tier, "job/s")) == 3 * self.racers + 1
 
     def test_keeps_a_checkpoint(self, tier: Tier) -> None:
         """A checkpoint can be committed, listed, verified, read and deleted: what the agent does with a tier."""
@@ -304,9 +320,9 @@ class TierSuite:
         assert catalog.holdings(tier, _JOB).committed == (checkpoint,)
         assert catalog.verify(tier, _JOB, checkpoint) == []
         _read_back(tier, catalog.load_manifest(tier, _JOB, checkpoint), images)
-        for key in _keys(tier, keys.checkpoint_prefix(_JOB, checkpoint)):
+        for key in keys_of(tier, keys.checkpoint_prefix(_JOB, checkpoint)):
             tier.delete(key)
-        assert _keys(tier, keys.checkpoint_prefix(_JOB, checkpoint)) == set()
+        assert keys_of(tier, keys.checkpoint_prefix(_JOB, checkpoint)) == set()
         assert catalog.verify(tier, _JOB, checkpoint) != []
 
 
@@ -332,13 +348,6 @@ def _read_back(tier: Tier, loaded: manifest.Manifest, images: Sequence[memoryvie
         assert image_found[begin:] == data[begin:], "a restore would read something else than was put"
 
 
-def _pattern(size: int, *, seed: int) -> bytes:
-    """Return bytes in which no two blocks are alike, so that a shifted or repeated block shows."""
-    blocks = -(-size // 256)
-    filling = bytes(range(240))
-    return b"".join(struct.pack("<QQ", seed, number) + filling for number in range(blocks))[:size]
-
-
 def _image(rank: int) -> memoryview:
     """Return a small complete shard image."""
     spec = image.TensorSpec("weight", "F32", (300_000 + rank,))
@@ -346,35 +355,10 @@ def _image(rank: int) -> memoryview:
     data = memoryview(bytearray(layout.image_bytes))
     data[: len(layout.header)] = layout.header
     span = layout.spans[0]
-    data[span.begin : span.end] = _pattern(span.end - span.begin, seed=rank)
+    data[span.begin : span.end] = pattern(span.end - span.begin, seed=rank)
     image.write_values(data, layout.values, b"abc")
     return data
 
 
-def _keys(tier: Tier, prefix: str) -> set[str]:
-    found = [entry.key for entry in tier.list(prefix)]
-    assert len(found) == len(set(found)), f"the listing of {prefix!r} names a key twice: {sorted(found)}"
-    return set(found)
-
-
-def _at_once(count: int, work: Callable[[int], None]) -> list[BaseException | None]:
-    """Call `work(number)` in `count` threads that begin together; return what each raised."""
-    barrier = threading.Barrier(count)
-
-    def run(number: int) -> None:
-        barrier.wait()
-        work(number)
-
-    with ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(run, number) for number in range(count)]
-    return [future.exception() for future in futures]
-
-
 def _claim(tier: Tier, key: str, number: int) -> None:
     tier.put(key, b"%d" % number, create_only=True)
-
-
-def _raise_first(errors: Iterable[BaseException | None]) -> None:
-    for error in errors:
-        if error is not None:
-            raise error

@@ -22,7 +22,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ckptd.units": {"ckptd.errors"},
     "ckptd.log": {"ckptd.units"},
     "ckptd.journal": {"ckptd.errors", "ckptd.types"},
-    "ckptd.config": {"ckptd.errors", "ckptd.units", "ckptd.protocol.endpoint", "ckptd.storage.keys"},
+    "ckptd.store_config": {"ckptd.errors", "ckptd.units"},
+    "ckptd.config": {
+        "ckptd.errors",
+        "ckptd.units",
+        "ckptd.protocol.endpoint",
+        "ckptd.storage.keys",
+        "ckptd.store_config",
+    },
+    "ckptd.tiers": {"ckptd.plugin", "ckptd.storage", "ckptd.store_config"},
     # the layers
     "ckptd.protocol": NOUNS,
     "ckptd.client": {*NOUNS, "ckptd.protocol", "ckptd.units"},
@@ -38,6 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ckptd.log",
         "ckptd.journal",
         "ckptd.config",
+        "ckptd.store_config",
+        "ckptd.tiers",
         "ckptd.protocol",
         "ckptd.core",
         "ckptd.storage",
@@ -51,6 +61,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ckptd.log",
         "ckptd.journal",
         "ckptd.config",
+        "ckptd.store_config",
+        "ckptd.tiers",
         "ckptd.protocol",
         "ckptd.core",
         "ckptd.storage",
@@ -88,6 +100,9 @@ THIRD_PARTY: dict[str, set[str]] = {
     "ckptd.plugin": {"pluggy"},
     "ckptd.cli": {"rich"},
     "ckptd_integrations.torch": {"torch", "numpy"},
+    "ckptd_plugins.storage_s3": {"s3fs", "botocore"},
+    "ckptd_plugins.storage_obstore": {"obstore", "botocore"},
+    "ckptd_plugins.storage_fsspec": {"fsspec"},
 }
 """Which layers need something that is not in the standard library; all others need nothing."""
 

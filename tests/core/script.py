@@ -8,11 +8,12 @@ Time is a number that only `wait` moves. Debug lines of the log are left out, in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptd.core import events as e
 from ckptd.core.job import JobMachine, JobSpec, Now
+from ckptd.core.job_spec import TierSpec
 from ckptd.core.policy.restart import RestartPolicy
 from ckptd.core.policy.retention import RetentionPolicy
 from ckptd.core.restore import Source
@@ -20,6 +21,7 @@ from ckptd.errors import CkptdError, DamagedError, StoreError
 from ckptd.types import CheckpointId, Evidence, RaisedException
 
 TIER = "local"
+BUCKET = "bucket"
 
 
 def cid(text: str) -> CheckpointId:
@@ -51,6 +53,7 @@ class Script:
         supervised: bool = True,
         keep: int = 3,
         slots: int = 2,
+        further: Sequence[TierSpec] = (),
         **policy: Any,
     ):
         spec = JobSpec(
@@ -59,7 +62,7 @@ class Script:
             every_s,
             supervised=supervised,
             slots=slots,
-            retention=RetentionPolicy(keep),
+            tiers=(TierSpec(TIER, RetentionPolicy(keep)), *further),
             restart=RestartPolicy(**policy),
         )
         self.machine = JobMachine(spec)
@@ -92,19 +95,27 @@ class Script:
         """Start the job."""
         return self._show(self.machine.begin())
 
-    def store(self, *checkpoints: str, last_generation: int = 0) -> list[str]:
-        """Answer what the disk holds, the best first."""
-        sources = tuple(Source(cid(item), TIER) for item in checkpoints)
-        return self.feed(e.StoreRead(sources, last_generation))
+    def store(
+        self,
+        *checkpoints: str,
+        last_generation: int = 0,
+        bucket: Sequence[str] = (),
+        unread: Mapping[str, CkptdError] | None = None,
+    ) -> list[str]:
+        """Answer what the disk and the bucket hold, the best first of each."""
+        sources = [*(Source(cid(item), TIER) for item in checkpoints), *(Source(cid(item), BUCKET) for item in bucket)]
+        sources.sort(key=lambda source: source.id, reverse=True)
+        return self.feed(e.StoreRead(tuple(sources), last_generation, unread=unread or {}))
 
-    def fetched(self, checkpoint: str, world_size: int | None = None) -> list[str]:
-        """Answer that a checkpoint can be offered."""
-        return self.feed(e.Fetched(Source(cid(checkpoint), TIER), world_size or len(self.ranks)))
+    def fetched(self, checkpoint: str, world_size: int | None = None, *, tier: str = TIER) -> list[str]:
+        """Answer that a checkpoint can be offered; from the bucket it was brought to the disk."""
+        source = Source(cid(checkpoint), tier)
+        return self.feed(e.Fetched(source, world_size or len(self.ranks), copied=tier != TIER))
 
-    def fetch_failed(self, checkpoint: str, error: CkptdError | None = None) -> list[str]:
-        """Answer that a checkpoint is damaged."""
+    def fetch_failed(self, checkpoint: str, error: CkptdError | None = None, *, tier: str = TIER) -> list[str]:
+        """Answer that a checkpoint is damaged, or why else it can't be offered."""
         problem = DamagedError(f"{checkpoint} is damaged") if error is None else error
-        return self.feed(e.FetchFailed(Source(cid(checkpoint), TIER), problem))
+        return self.feed(e.FetchFailed(Source(cid(checkpoint), tier), problem))
 
     def claimed(self, generation: int) -> list[str]:
         """Answer that a generation is ours."""
@@ -200,6 +211,14 @@ class Script:
         """Let a flush succeed."""
         return self.feed(e.Committed(cid(checkpoint), TIER, 8192, 0.2))
 
+    def uploaded(self, checkpoint: str, tier: str = BUCKET) -> list[str]:
+        """Let an upload succeed."""
+        return self.feed(e.Committed(cid(checkpoint), tier, 8192, 0.2))
+
+    def upload_failed(self, checkpoint: str, error: CkptdError | None = None, tier: str = BUCKET) -> list[str]:
+        """Let an upload fail, for a reason that may pass unless another is given."""
+        return self.feed(e.UploadFailed(cid(checkpoint), tier, error or StoreError("503 slow down")))
+
     def flush_failed(self, checkpoint: str) -> list[str]:
         """Let a flush fail."""
         return self.feed(e.FlushFailed(cid(checkpoint), StoreError("no space left on device")))
@@ -243,7 +262,7 @@ def show(effect: e.Effect) -> str:
         case e.ReadStore():
             return "read store"
         case e.Fetch():
-            return f"fetch {effect.source.id}"
+            return f"fetch {effect.source.id}{'' if effect.source.tier == TIER else f' from {effect.source.tier}'}"
         case e.Claim():
             return f"claim {effect.at_least} after {effect.parent}"
         case e.Spawn():
@@ -260,7 +279,10 @@ def show(effect: e.Effect) -> str:
         case e.Flush():
             return f"flush {effect.id}"
         case e.Prune():
-            return f"prune {' '.join(map(str, effect.ids))}, keep {' '.join(map(str, effect.kept))}"
+            where = "" if effect.tier == TIER else f" on {effect.tier}"
+            return f"prune {' '.join(map(str, effect.ids))}{where}, keep {' '.join(map(str, effect.kept))}"
+        case e.Upload():
+            return f"upload {effect.id} to {effect.tier}"
         case e.Kill():
             return f"kill {int(effect.signal)}"
         case e.Dismiss():

@@ -104,7 +104,7 @@ def test_an_answer_that_comes_after_the_stop_changes_nothing(captured, answer):
     captured.feed(e.RestartWanted(10))
     captured.all_die()
     assert captured.state == "preparing"
-    assert captured.stop() == []
+    assert captured.stop() == ["log scavenging"]
     assert captured.state == "draining"
     calls = {
         "store": lambda: captured.store("g1/s10"),
@@ -201,7 +201,7 @@ def test_a_rank_that_can_not_be_started_during_a_stop(begun):
 def test_memory_that_runs_out_ends_a_running_job_with_its_reason(captured):
     """Proves that slots which can't be had any more are a refusal with the bytes in it, and keep the last snapshot."""
     captured.capture(20, 1)
-    assert captured.feed(e.SetupFailed(MemoryBudgetError("slots need 4 GiB"))) == ["kill 9"]
+    assert captured.feed(e.SetupFailed(MemoryBudgetError("slots need 4 GiB"))) == ["kill 9", "log scavenging"]
     assert captured.committed("g1/s20")[-1] == "end failed: MemoryBudgetError: slots need 4 GiB"
 
 
@@ -218,7 +218,7 @@ def test_a_job_that_is_over_but_for_its_flush_waits_on(training):
     assert training.exited(1) == []
     assert training.state == "draining"
     assert training.feed(e.SetupFailed(REFUSED)) == []
-    assert training.stop() == []
+    assert training.stop() == ["log scavenging"]
     assert training.flush_failed("g1/s3") == ["log flush failed"]
     assert training.wait(1.1) == ["flush g1/s3"]
     assert training.committed("g1/s3") == ["log checkpoint committed", "end finished"]

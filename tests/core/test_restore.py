@@ -151,8 +151,50 @@ def test_beginning_with_an_older_one_drops_the_newer():
 def test_a_commit_is_offered_first_and_the_pruned_are_forgotten():
     """Proves that offers follow commits and prunes."""
     made = offers("g1/s20", "g1/s10")
-    made.committed(Source(cid("g1/s30"), TIER), {TIER: [cid("g1/s30"), cid("g1/s20")]})
+    made.add(Source(cid("g1/s30"), TIER))
+    made.keep({TIER: [cid("g1/s30"), cid("g1/s20")]})
     assert made.stored == stored("g1/s30", "g1/s20")
+
+
+def test_a_copy_on_a_further_tier_comes_behind_the_nearer_one():
+    """Proves that an upload which is told late neither hides the newer checkpoint nor the cheaper copy."""
+    made = Offers(["nvme", "s3"])
+    for checkpoint, tier in [("g1/s10", "nvme"), ("g1/s20", "nvme"), ("g1/s20", "s3"), ("g1/s10", "s3")]:
+        made.add(Source(cid(checkpoint), tier))
+    assert [str(source) for source in made.stored] == [
+        "g1/s20 on nvme", "g1/s20 on s3", "g1/s10 on nvme", "g1/s10 on s3",
+    ]  # fmt: skip
+
+
+def test_a_tier_that_can_not_be_read_keeps_what_was_known_of_it():
+    """Proves that a second look which finds a tier dead does not forget its copies."""
+    made = Offers([TIER, "s3"])
+    made.read([*stored("g1/s20"), *stored("g1/s10", tier="s3")])
+    made.read(stored("g1/s30"), unread=["s3"])
+    assert [str(source) for source in made.stored] == ["g1/s30 on local", "g1/s10 on s3"]
+
+
+def test_a_fetched_copy_mends_the_first_tier_and_is_refused_with_it():
+    """Proves that a repaired copy may be offered again, and that a second damage refuses both: no endless repair."""
+    made = Offers([TIER, "s3"])
+    local, far = Source(cid("g1/s10"), TIER), Source(cid("g1/s10"), "s3")
+    made.read([local, far])
+    made.refuse(local)
+    assert made.newest_on(TIER) is None
+    made.fetched(far, TIER)
+    assert made.newest_on(TIER) == cid("g1/s10")
+    made.refuse(far)
+    assert made.refused == {local, far}
+
+
+@pytest.mark.parametrize(("at_most", "newest"), [(None, "g1/s20"), (20, "g1/s20"), (19, "g1/s10"), (9, None)])
+def test_the_newest_that_a_restart_could_begin_with(at_most, newest):
+    """Proves that a step back which is under way, and a damaged copy, are taken into account on each tier."""
+    made = offers("g1/s30", "g1/s20", "g1/s10")
+    made.add(Source(cid("g1/s30"), "s3"))
+    made.refuse(Source(cid("g1/s30"), TIER))
+    made.at_most_step = at_most
+    assert made.newest_on(TIER) == (None if newest is None else cid(newest))
 
 
 @pytest.mark.parametrize(("step", "there"), [(9, False), (10, True), (20, True), (25, True), (30, True)])

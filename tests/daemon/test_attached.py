@@ -221,7 +221,7 @@ def test_a_rank_that_dies_before_its_admission_leaves_nothing_behind(
     agent = start_agent()
     read = agent.agent.plugins.open_tier
 
-    def slow(url: str) -> object:
+    def slow(url: str, options: object) -> object:
         tier = read(url)
         listing = tier.list
 

@@ -15,6 +15,7 @@ from ckptd.errors import AgentError, CkptdError, ConfigError, FencedError, NotFo
 from ckptd.protocol import messages as m
 from ckptd.protocol.channel import open_channel
 from ckptd.storage.local import LocalTier
+from ckptd.store_config import StoreConfig
 from tests.daemon.harness import PATIENCE_S, AgentThread, Node, Puppet, until
 
 HOUR_S = 3600
@@ -149,7 +150,12 @@ def test_a_restart_of_a_supervised_job(node: Node, agent: AgentThread, ask: Call
 
 def supervised(node: Node, **changes: Any) -> JobConfig:
     """Return a job of one rank that does nothing for a long time."""
-    fields = {"preload": (), "cwd": str(node.folder), "store": str(node.store), "command": ("/bin/sleep", "1000")}
+    fields = {
+        "preload": (),
+        "cwd": str(node.folder),
+        "stores": (StoreConfig(str(node.store)),),
+        "command": ("/bin/sleep", "1000"),
+    }
     return JobConfig("job", **{**fields, **changes})
 
 
@@ -159,8 +165,8 @@ def supervised(node: Node, **changes: Any) -> JobConfig:
         ({"command": ("no_such.py",)}, ConfigError, "no_such.py"),
         ({"cwd": "/no/such/folder"}, ConfigError, "/no/such/folder"),
         ({"python": "/no/such/python"}, ConfigError, "/no/such/python"),
-        ({"store": "nfs4://x"}, PluginError, "nfs4"),
-        ({"store": "/proc/nowhere"}, StoreError, "/proc/nowhere"),
+        ({"stores": (StoreConfig("nfs4://x"),)}, PluginError, "nfs4"),
+        ({"stores": (StoreConfig("/proc/nowhere"),)}, StoreError, "/proc/nowhere"),
     ],
 )
 def test_an_impossible_job_is_refused(

@@ -15,6 +15,7 @@ from ckptd.core.events import Progress
 from ckptd.errors import AgentError, CkptdError, ConfigError, NotFoundError
 from ckptd.protocol import messages as m
 from ckptd.protocol.page import Word
+from ckptd.store_config import StoreConfig
 from tests.daemon.harness import PATIENCE_S, AgentThread, Node, PuppetError, until
 from tests.daemon.speaker import Speaker
 
@@ -69,7 +70,9 @@ def test_a_rank_of_a_job_that_is_not_here_is_refused(node: Node, agent: AgentThr
 
 def test_a_job_that_an_agent_runs_itself_has_no_guests(node: Node, agent: AgentThread) -> None:
     """A training started by hand under the name of a supervised job is refused at once, and may use it afterwards."""
-    config = JobConfig("job", ("/bin/sh", "-c", "sleep 1000"), str(node.store), preload=(), cwd=str(node.folder))
+    config = JobConfig(
+        "job", ("/bin/sh", "-c", "sleep 1000"), (StoreConfig(str(node.store)),), preload=(), cwd=str(node.folder)
+    )
     agent.call(agent.agent.submit, config)
     guest = node.puppet()
     with pytest.raises(PuppetError, match="job job is run by this agent") as error:

@@ -19,6 +19,7 @@ from ckptd.errors import AgentError, CkptdError, NotFoundError, ProtocolError
 from ckptd.protocol import messages as m
 from ckptd.storage import manifest
 from ckptd.storage.local import LocalTier
+from ckptd.store_config import StoreConfig
 from ckptd.types import CheckpointId
 from tests.daemon.bytes_framework import contents
 from tests.daemon.harness import (
@@ -334,7 +335,7 @@ def test_replicas_that_differ_are_captured_whole(node: Node, agent: AgentThread)
 @pytest.fixture
 def single(node: Node, agent: AgentThread) -> JobConfig:
     """A job whose rank gets one slot."""
-    config = JobConfig("job", (), str(node.store), every_s=0.1, slots=1)
+    config = JobConfig("job", (), (StoreConfig(str(node.store)),), every_s=0.1, slots=1)
     agent.call(agent.agent.submit, config)
     return config
 

@@ -31,7 +31,7 @@ CALLS: dict[str, Callable[[Tier], Any]] = {
 def guarded(tier: Tier) -> Tier:
     """The tier as the agent gets it from the manager."""
     manager = PluginManager(lambda *_: None, found=[])
-    manager.tiers = [TierFactory("mine", ("mine",), lambda _: tier)]
+    manager.tiers = [TierFactory("mine", ("mine",), lambda url, options: tier)]
     return manager.open_tier("mine://x")
 
 

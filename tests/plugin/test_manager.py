@@ -27,7 +27,7 @@ GOOD = """
 
     @hookimpl
     def ckptd_tiers():
-        return [TierFactory("good", ("good",), lambda url: MemoryTier())]
+        return [TierFactory("good", ("good",), lambda url, options: MemoryTier())]
 """
 DETECTOR = """
     from ckptd.plugin import hookimpl
@@ -240,8 +240,9 @@ def test_what_is_no_tier_is_a_plugin_error(reports: Reports, make: Make) -> None
 
 def test_an_error_of_ours_from_opening_is_passed_on(reports: Reports, make: Make) -> None:
     """A tier that says what is wrong in our words is heard."""
-    source = GOOD.replace("lambda url: MemoryTier()", "refuse") + (
-        "\n    def refuse(url):\n        from ckptd.errors import StoreError\n        raise StoreError('no bucket')\n"
+    source = GOOD.replace("lambda url, options: MemoryTier()", "refuse") + (
+        "\n    def refuse(url, options):\n        from ckptd.errors import StoreError\n"
+        "        raise StoreError('no bucket')\n"
     )
     with pytest.raises(StoreError, match="no bucket"):
         PluginManager(reports, found=[make("bad", source)]).open_tier("good://x")

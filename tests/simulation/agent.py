@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from ckptd.core import events as e
 from ckptd.core.job import JobMachine, JobSpec, Now
+from ckptd.core.job_spec import TierSpec
 from ckptd.core.policy.restart import RestartPolicy
 from ckptd.core.policy.retention import RetentionPolicy
 from ckptd.errors import AgentError
 from ckptd.types import CheckpointId, Evidence
-from tests.simulation import storage
-from tests.simulation.disk import File, Manifest
+from tests.simulation import copying, storage
+from tests.simulation.disk import Manifest
 from tests.simulation.launchers import Launcher, evidence_of
 from tests.simulation.memory import NEVER, Arena, Page
 from tests.simulation.offers import Offer
+from tests.simulation.options import Options
 from tests.simulation.ranks import RankProcess
 
 if TYPE_CHECKING:
@@ -28,6 +30,14 @@ PATIENT = RestartPolicy(
     max_restarts=1000, same_exception_limit=1000, same_death_limit=1000, backoff_base_s=0.2, backoff_max_s=2.0
 )
 """The simulation's faults are bad luck by definition: giving up on them would be an error."""
+
+
+def _tiers(options: Options) -> tuple[TierSpec, ...]:
+    first = TierSpec(storage.TIER, RetentionPolicy(options.keep_last))
+    if not options.bucket:
+        return (first,)
+    policy = RetentionPolicy(options.bucket_keep_last)
+    return first, TierSpec(storage.BUCKET, policy, options.upload_every_s, options.backlog)
 
 
 class ModelAgent:
@@ -46,19 +56,16 @@ class ModelAgent:
         self.known_digests: set[CheckpointId] = set()
         self.earlier: Manifest | None = None
         """The checkpoint to which the next flush may refer."""
-        self.known_files: dict[CheckpointId, set[File]] = {}
-        """What checkpoints need that this agent has committed or looked at."""
-        self.left_over: set[CheckpointId] = set()
-        """Checkpoints that were pruned; others may still need files of theirs."""
+        self.shelves = {storage.TIER: storage.Shelf(), storage.BUCKET: storage.Shelf()}
         self.offer: Offer | None = None
         self._wanted: int | None = None
         self._inputs: deque[e.Input] = deque()
         self._busy = False
         spec = JobSpec(
             "job", options.world_size, options.every_s, supervised=options.supervised, slots=options.slots,
-            retention=RetentionPolicy(options.keep_last), restart=PATIENT,
+            tiers=_tiers(options), restart=PATIENT,
         )  # fmt: skip
-        self.machine = JobMachine(spec, node.witness.next_incident)
+        self.machine = JobMachine(spec, node.witness.incidents.next_number)
 
     def start(self) -> None:
         """Begin, as `Supervisor.__init__` does."""
@@ -80,7 +87,7 @@ class ModelAgent:
         while self._inputs and self.alive:
             event = self._inputs.popleft()
             self.node.witness.before(event, self)
-            if isinstance(event, e.Committed):
+            if isinstance(event, e.Committed) and event.tier == storage.TIER:
                 self.known_digests.add(event.id)
             effects = self.machine.handle(event, self._now())
             if not isinstance(event, (e.Tick, e.Progress)) or effects:
@@ -180,7 +187,8 @@ class ModelAgent:
             self.node.note("out", effect)
             self.node.witness.ordered(effect, self)
             self._do(effect)
-            self.node.fault_point("effect")
+            bucket = isinstance(effect, (e.Upload, e.Prune)) and effect.tier == storage.BUCKET
+            self.node.fault_point("bucket" if bucket else "effect")
 
     def _do(self, effect: e.Effect) -> None:
         match effect:
@@ -213,11 +221,14 @@ class ModelAgent:
             case e.Claim():
                 self._start(storage.claim(self, effect), "claim")
             case e.Fetch():
-                self._start(storage.check(self, effect.source), "fetch")
+                copied = effect.source.tier == storage.BUCKET
+                self._start((copying.fetch if copied else storage.check)(self, effect.source), "fetch")
             case e.Flush():
                 self._start(storage.flush(self, effect), "flush")
+            case e.Upload():
+                self._start(copying.upload(self, effect), "bucket")
             case e.Prune():
-                self._start(storage.prune(self, effect), "prune")
+                self._start(storage.prune(self, effect), "bucket" if effect.tier == storage.BUCKET else "prune")
             case _:
                 return
 

@@ -77,6 +77,12 @@ class Disk:
         self.files.pop(file, None)
         self.changes += 1
 
+    def mended(self, checkpoint: CheckpointId) -> None:
+        """Note that a checkpoint's own files are right again."""
+        self.flipped.discard(checkpoint)
+        self.cut.discard(checkpoint)
+        self.changes += 1
+
     def damage(self, checkpoint: CheckpointId, rank: int, *, cut: bool) -> None:
         """Damage a part that is in a checkpoint's own file: it is not any more what the manifest says."""
         self.files[(checkpoint, rank)] = (None, *self.files[(checkpoint, rank)][1:])

@@ -5,6 +5,8 @@ The list, and what each leaves intact:
 - a write to the disk fails, or is torn because the agent dies;
 - a stored file is damaged or cut short while another intact checkpoint of the lineage stays behind;
 - a snapshot in memory that is committed already is damaged, while its copy on the disk is intact;
+- the bucket is down or slow for a while, or refuses a request;
+- the node is lost with its disk, where there is a bucket;
 - an operator asks for a checkpoint, a restart, a step back or a stop at any moment.
 
 Not in it: all copies damaged at once, bytes that several checkpoints share among them, damage of what no digest was
@@ -34,7 +36,8 @@ class Faults:
         self._node = node
         self._left = options.faults
         self._end_s = options.total_steps * options.step_s * 3 + 20
-        self._kinds = [kind for kind in options.fault_kinds if options.supervised or kind in _ATTACHED]
+        kinds = [kind for kind in options.fault_kinds if options.supervised or kind in _ATTACHED]
+        self._kinds = [kind for kind in kinds if options.bucket or kind not in _WITH_BUCKET]
 
     @property
     def active(self) -> bool:
@@ -51,7 +54,10 @@ class Faults:
         node = self._node
         if self._left <= 0 or node.clock.now_s >= self._end_s or not node.agent.alive:
             return
-        if node.rng.random() >= node.options.fault_chance * _RARE.get(kind, 1.0):
+        if kind == "bucket":
+            if node.bucket.rng.random() >= node.options.bucket_fault_chance:
+                return
+        elif node.rng.random() >= node.options.fault_chance * _RARE.get(kind, 1.0):
             return
         fault = node.rng.choice(self._kinds)
         if self._inject(fault):
@@ -69,6 +75,11 @@ class Faults:
             case "agent":
                 self._node.kill_agent()
                 return True
+            case "disk lost":
+                self._node.lose_disk()
+                return True
+            case "bucket down" | "bucket slow":
+                return self._trouble_bucket(down=kind == "bucket down")
             case "damage":
                 return self._damage_shard()
             case "memory":
@@ -97,6 +108,16 @@ class Faults:
             return False
         self._node.note("fault", "the launcher is killed")
         launcher.die()
+        return True
+
+    def _trouble_bucket(self, *, down: bool) -> bool:
+        node, rng = self._node, self._node.bucket.rng
+        until_s = min(self._end_s, node.clock.now_s + rng.choice((1.0, 5.0, 60.0)) * rng.random())
+        node.note("fault", f"the bucket is {'down' if down else 'slow'} until {until_s:.2f}")
+        if down:
+            node.bucket.down_until_s = until_s
+        else:
+            node.bucket.slow_until_s = until_s
         return True
 
     def _damage_shard(self) -> bool:
@@ -151,4 +172,5 @@ class Faults:
         return True
 
 
-_ATTACHED = frozenset({"rank", "ranks", "agent", "damage", "memory", "checkpoint"})
+_WITH_BUCKET = frozenset({"bucket down", "bucket slow", "disk lost"})
+_ATTACHED = frozenset({"rank", "ranks", "agent", "damage", "memory", "checkpoint", *_WITH_BUCKET})

@@ -13,12 +13,14 @@ from typing import Any
 from ckptd.core import events as e
 from ckptd.core.job_states import JobState
 from tests.simulation.agent import ModelAgent
+from tests.simulation.bucket import Bucket
 from tests.simulation.clock import Clock, Signal
 from tests.simulation.disk import Disk
 from tests.simulation.faults import Faults
 from tests.simulation.launchers import ForeignLauncher
 from tests.simulation.options import Options
 from tests.simulation.ranks import RankProcess
+from tests.simulation.storage import BUCKET
 from tests.simulation.witness import Witness
 
 TRACE_LINES = 60
@@ -47,6 +49,7 @@ class Node:
         self.alive = True
         self.clock = Clock()
         self.disk = Disk()
+        self.bucket = Bucket(self.clock, seed)
         self.witness = Witness(self)
         self.faults = Faults(self)
         self.trace: deque[tuple[float, str, Any]] = deque(maxlen=TRACE_LINES)
@@ -79,6 +82,10 @@ class Node:
         """Whether the disk refuses a write now."""
         return self.faults.writes_may_fail and self.rng.random() < self.options.write_error_chance
 
+    def place(self, tier: str) -> Disk:
+        """Return what a tier holds."""
+        return self.bucket if tier == BUCKET else self.disk
+
     def fault_point(self, kind: str) -> None:
         """Let something go wrong, perhaps."""
         self.faults.point(kind)
@@ -105,6 +112,13 @@ class Node:
         self.agent.die()
         self._replace_agent()
 
+    def lose_disk(self) -> None:
+        """Lose the machine with its disk: the job goes on upon another one."""
+        self.note("fault", "the disk is lost")
+        self.kill_agent()
+        self.disk = Disk()
+        self.witness.disk_lost()
+
     def _replace_agent(self) -> None:
         self.agent_back = Signal(self.clock)
         if self.foreign is not None:
@@ -126,7 +140,8 @@ class Node:
         self.note("end", end)
         witness = self.witness
         if end.error is not None:
-            witness.require(witness.hopeless(), f"the job ends with an error: {end.error}")
+            excused = witness.hopeless() or witness.bucket.excuses(end.error)
+            witness.require(excused, f"the job ends with an error: {end.error}")
         elif end.outcome == JobState.FINISHED.value:
             if self.foreign is not None and not self.foreign.finished:
                 self._start_agent()  # its launcher has restarted a rank after the last commit: they come back

@@ -37,9 +37,22 @@ class Options:
     write_error_chance: float = 0.0
     stall_chance: float = 0.0
     """The chance that the agent stalls between reading the ranks' steps and acting upon them."""
+    bucket: bool = False
+    """Whether checkpoints are uploaded to a bucket, from which a node that has lost its disk restores."""
+    bucket_put_s: float = 0.05
+    """The typical time to put one object into it."""
+    bucket_read_s: float = 0.05
+    """The longest time that a look at what it holds takes."""
+    bucket_error_chance: float = 0.0
+    bucket_fault_chance: float = 0.0
+    """The chance of a fault at an event of an upload."""
+    bucket_keep_last: int = 3
+    backlog: int = 2
+    upload_every_s: float = 0.0
     fault_kinds: tuple[str, ...] = (
         "rank", "rank", "rank", "rank", "rank", "ranks", "ranks", "launcher", "agent", "agent", "agent", "stop",
         "damage", "damage", "damage", "memory", "memory", "memory", "checkpoint", "restart", "step back", "step back",
+        "bucket down", "bucket slow", "disk lost", "disk lost",
     )  # fmt: skip
 
     @classmethod
@@ -68,4 +81,11 @@ class Options:
             fault_chance=rng.choice((0.001, 0.003, 0.01, 0.03)),
             write_error_chance=rng.choice((0.0, 0.0, 0.02, 0.1)),
             stall_chance=rng.choice((0.0, 0.1)),
+            bucket=rng.random() < 0.4,
+            bucket_put_s=every_s * rng.choice((0.01, 0.1, 0.5, 1.5)),
+            bucket_error_chance=rng.choice((0.0, 0.0, 0.02, 0.1)),
+            bucket_fault_chance=rng.choice((0.001, 0.01, 0.03)),
+            bucket_keep_last=rng.choice((1, 2, 3)),
+            backlog=rng.choice((1, 2, 2)),
+            upload_every_s=every_s * rng.choice((0, 0, 3)),
         )

@@ -6,29 +6,56 @@ first and leaves what others refer to, and an answer is given only when nothing 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ckptd.core import events as e
 from ckptd.core import lineage
 from ckptd.core.restore import Source
-from ckptd.errors import DamagedError, StoreError
+from ckptd.errors import CkptdError, DamagedError, StoreError
+from ckptd.types import CheckpointId, Held
 from tests.simulation.clock import Steps
-from tests.simulation.disk import Manifest
+from tests.simulation.disk import Disk, File, Manifest
 from tests.simulation.memory import PARTS, Cell, Slot
 
 if TYPE_CHECKING:
     from tests.simulation.agent import ModelAgent
 
 TIER = "local"
+BUCKET = "bucket"
+
+
+@dataclass(slots=True)
+class Shelf:
+    """What an agent knows of the files on one tier."""
+
+    known_files: dict[CheckpointId, set[File]] = field(default_factory=dict)
+    """What checkpoints need that this agent has committed or looked at, or that are on their way."""
+    left_over: set[CheckpointId] = field(default_factory=set)
+    """Checkpoints that were pruned; others may still need files of theirs."""
+    prunes: int = 0
+    """How many are under way."""
 
 
 def read_store(agent: ModelAgent) -> Steps:
     """Look what the disk holds, as `JobStore.read` does."""
-    yield agent.node.options.write_s * agent.node.rng.random()
-    disk = agent.node.disk
-    line = lineage.candidates(disk.parents, disk.manifests)
-    sources = tuple(Source(checkpoint, TIER) for checkpoint in line)
-    agent.feed(e.StoreRead(sources, lineage.latest_generation(disk.parents, disk.manifests)))
+    node = agent.node
+    yield node.options.write_s * node.rng.random()
+    places: dict[str, Disk] = {TIER: node.disk}
+    unread: dict[str, CkptdError] = {}
+    if node.options.bucket:
+        if node.options.bucket_read_s:
+            yield node.options.bucket_read_s * node.bucket.rng.random()
+        if node.bucket.down:
+            unread[BUCKET] = StoreError("connection refused")
+        else:
+            places[BUCKET] = node.bucket
+    parents = {number: parent for place in places.values() for number, parent in place.parents.items()}
+    committed = {checkpoint for place in places.values() for checkpoint in place.manifests}
+    line = lineage.candidates(parents, committed)
+    sources = [Source(item, tier) for item in line for tier, place in places.items() if item in place.manifests]
+    held = {tier: tuple(Held(item) for item in place.manifests) for tier, place in places.items()}
+    agent.feed(e.StoreRead(tuple(sources), lineage.latest_generation(parents, committed), held, unread))
 
 
 def claim(agent: ModelAgent, order: e.Claim) -> Steps:
@@ -62,7 +89,7 @@ def flush(agent: ModelAgent, order: e.Flush) -> Steps:
         failed = node.write_fails() or not node.disk.put_manifest(manifest)
     if not failed:
         agent.earlier = manifest
-        agent.known_files[order.id] = manifest.files
+        agent.shelves[TIER].known_files[order.id] = manifest.files
     node.witness.flush_ends(order, committed=not failed)
     yield node.rng.uniform(0, 0.02)
     if failed:
@@ -111,7 +138,7 @@ def check(agent: ModelAgent, source: Source) -> Steps:
         agent.feed(e.FetchFailed(source, DamagedError(f"{source.id} lacks bytes")))
     else:
         agent.earlier = manifest
-        agent.known_files[source.id] = manifest.files
+        agent.shelves[TIER].known_files[source.id] = manifest.files
         agent.feed(e.Fetched(source, len(manifest.digests)))
 
 
@@ -120,15 +147,21 @@ def prune(agent: ModelAgent, order: e.Prune) -> Steps:
 
     Those are of `order.kept`, and of whatever this agent has committed or looked at: another prune may be under way.
     """
-    node = agent.node
+    node, place, shelf = agent.node, agent.node.place(order.tier), agent.shelves[order.tier]
+    rng = node.bucket.rng if order.tier == BUCKET else node.rng
+    shelf.prunes += 1
     for checkpoint in order.ids:
-        yield node.rng.uniform(0, 0.05)
-        node.witness.checkpoint_leaves(checkpoint)
-        node.disk.delete_manifest(checkpoint)
-        agent.left_over.add(checkpoint)
-        agent.known_files.pop(checkpoint, None)
-    kept = {kept: node.disk.manifests[kept].files for kept in order.kept if kept in node.disk.manifests}
-    for file in sorted(node.disk.files):
-        yield node.rng.uniform(0, 0.01) if file[0] in agent.left_over else 0.0
-        if file[0] in agent.left_over and not any(file in files for files in (kept | agent.known_files).values()):
-            node.disk.delete_file(file)
+        yield rng.uniform(0, 0.05)
+        if order.tier == BUCKET and node.bucket.down and checkpoint in place.manifests:
+            shelf.known_files[checkpoint] = place.manifests[checkpoint].files  # it stays, whole
+            continue
+        node.witness.checkpoint_leaves(checkpoint, order.tier)
+        place.delete_manifest(checkpoint)
+        shelf.left_over.add(checkpoint)
+        shelf.known_files.pop(checkpoint, None)
+    kept = {kept: place.manifests[kept].files for kept in order.kept if kept in place.manifests}
+    for file in sorted(place.files):
+        yield rng.uniform(0, 0.01) if file[0] in shelf.left_over else 0.0
+        if file[0] in shelf.left_over and not any(file in files for files in (kept | shelf.known_files).values()):
+            place.delete_file(file)
+    shelf.prunes -= 1

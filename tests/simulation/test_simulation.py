@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import Counter
+from collections import Counter, deque
 
 import pytest
 
+from ckptd.core import events as e
+from ckptd.core.job_states import TERMINAL, JobState
 from tests.simulation.node import Node, SimulationError, run
 from tests.simulation.options import Options
+from tests.simulation.storage import TIER
 
 SEEDS = int(os.environ.get("CKPTD_SIM_SEEDS", "800"))
 FIRST_SEED = int(os.environ.get("CKPTD_SIM_FIRST_SEED", "0"))
@@ -23,7 +26,8 @@ REACHED = (
     "killed before the first step", "agent killed during a flush", "agent between two effects", "FlushFailed",
     "FetchFailed", "RestoreFailed", "CaptureMissed", "step back", "restart", "stop", "checkpoint skipped",
     "snapshot abandoned", "restart delayed", "damage found in memory", "damage found on the disk", "referred to",
-    "replicas differ", "given up",
+    "replicas differ", "given up", "from bucket", "UploadFailed", "upload skipped", "agent killed during an upload",
+    "bucket down", "bucket slow", "disk lost", "tier unreadable", "fetch failed",
 )  # fmt: skip
 """What a campaign must have met, or its faults don't reach what they are meant to test."""
 
@@ -59,6 +63,60 @@ def test_memory_makes_a_dead_disk_harmless_to_restarts(seed):
         node.witness.after_event()
     assert node.disk.manifests == {}
     assert node.witness.seen["from local"] == 0
+
+
+def course(seed: int, options: Options) -> list[tuple[float, str]]:
+    """Run until training is over; return when what was committed on the disk, and when which generation began."""
+    node = Node(seed, options)
+    node.trace = deque(maxlen=None)
+    while node.agent.machine.state not in (JobState.DRAINING, *TERMINAL):
+        node.clock.step(node.fault_point)
+        node.witness.after_event()
+    said = [(at_s, what) for at_s, kind, what in node.trace if kind == "in" and getattr(what, "tier", TIER) == TIER]
+    return [(at_s, str(what)) for at_s, what in said if isinstance(what, (e.Committed, e.Claimed, e.RankStepped))]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_dead_bucket_delays_nothing(seed):
+    """Proves that with a bucket that never answers each commit and each restart comes when it comes without one."""
+    options = Options(
+        total_steps=200, faults=10, fault_chance=0.01, fault_kinds=("rank",), every_s=0.5, step_s=0.05, keep_last=8
+    )
+    without = course(seed, options)
+    dead = dataclasses.replace(options, bucket=True, bucket_read_s=0.0, bucket_error_chance=1.0)
+    assert course(seed, dead) == without
+    assert sum("Committed" in what for _, what in without) > 10
+    assert sum("Claimed" in what for _, what in without) > 5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_bucket_that_comes_back_gets_the_newest_checkpoint(seed):
+    """Proves that after an outage over most of a training the newest checkpoint arrives, soon and before the end."""
+    options = Options(total_steps=400, faults=0, every_s=0.5, step_s=0.05, bucket=True)
+    node = Node(seed, options)
+    node.bucket.down_until_s = 12.0
+    newest = None
+    while not node.finished:
+        node.clock.step(node.fault_point)
+        node.witness.after_event()
+        if node.clock.now_s < 12.0:
+            newest = max(node.disk.manifests, default=None)
+            assert node.bucket.manifests == {}
+        elif not node.bucket.manifests:
+            assert node.clock.now_s < 12.0 + 60.0
+        elif newest is not None:
+            assert max(node.bucket.manifests) >= newest
+            assert node.witness.started == 1
+    assert max(node.bucket.manifests) == max(node.disk.manifests)
+
+
+def test_a_lost_disk_costs_what_was_not_uploaded():
+    """Proves that a node which is lost again and again goes on from the bucket and finishes."""
+    options = Options(total_steps=200, fault_chance=0.002, fault_kinds=("disk lost",), every_s=0.5, bucket=True)
+    seen: Counter[str] = Counter()
+    for seed in range(10):
+        seen += run(seed, options).witness.seen
+    assert seen["from bucket"] >= 10
 
 
 def test_a_seed_is_a_run():

@@ -7,12 +7,14 @@ import dataclasses
 import pytest
 
 from ckptd.core import keeper, lineage
-from ckptd.core.events import Admit, Claim, Flush
+from ckptd.core.events import Admit, Claim, Flush, Prune
 from ckptd.core.job import JobMachine
 from ckptd.core.policy.retention import Verdict
 from ckptd.core.recovery import Recovery
 from ckptd.core.restore import MEMORY, Offers, Source
 from ckptd.core.snapshots import Snapshot, SnapshotBook, SnapshotEvent, SnapshotState
+from ckptd.core.tiers import Tiers
+from ckptd.core.uploads import Uploads
 from tests.simulation.agent import PATIENT
 from tests.simulation.node import SimulationError, run
 from tests.simulation.storage import TIER
@@ -118,12 +120,12 @@ def count_damage_as_failure(patch):
 
 def prune_what_others_refer_to(patch):
     """Forgets to say what is kept."""
-    prune = keeper.Keeper._prune
+    prune = Tiers.prune
 
-    def broken(kept, tier):
-        return [dataclasses.replace(effect, kept=()) for effect in prune(kept, tier)]
+    def broken(kept, tier, restorable):
+        return [dataclasses.replace(effect, kept=()) for effect in prune(kept, tier, restorable)]
 
-    patch.setattr(keeper.Keeper, "_prune", broken)
+    patch.setattr(Tiers, "prune", broken)
 
 
 def give_up_what_is_on_no_tier(patch):
@@ -169,8 +171,9 @@ def forget_that_replicas_differ(patch):
 def prune_the_newest(patch):
     """Keeps the oldest instead of the newest."""
 
-    def broken(checkpoints, policy, in_use):
-        return [Verdict(item, place == 0, "mutation") for place, item in enumerate(sorted(set(checkpoints)))]
+    def broken(held, policy, in_use):
+        ids = sorted(item.id for item in held)
+        return [Verdict(item, place == 0, ("mutation",)) for place, item in enumerate(ids)]
 
     patch.setattr("ckptd.core.policy.retention.judge", broken)
 
@@ -213,7 +216,69 @@ def claim_the_same_number(patch):
 
 def end_without_the_last_flush(patch):
     """Calls a job finished before its last snapshot is on the disk."""
-    patch.setattr(keeper.Keeper, "pending", property(lambda _keeper: False))
+    patch.setattr(keeper.Keeper, "unflushed", property(lambda _keeper: False))
+
+
+def end_without_the_last_upload(patch):
+    """Calls a job finished before its last checkpoint is in the bucket."""
+    patch.setattr(Tiers, "pending", property(lambda _tiers: False))
+
+
+def unpin_uploads(patch):
+    """Lets checkpoints leave the disk while they are uploaded."""
+    patch.setattr(Uploads, "pinned", property(lambda _uploads: frozenset()))
+
+
+def never_upload_again(patch):
+    """Takes an upload that has failed for one that is done."""
+
+    def broken(uploads, checkpoint, _now_s, *, retryable):
+        uploads.done(checkpoint)
+
+    patch.setattr(Uploads, "failed", broken)
+
+
+def upload_two_at_once(patch):
+    """Does not wait for the upload under way."""
+    begun = Uploads.begun
+
+    def broken(uploads, checkpoint, now_s):
+        begun(uploads, checkpoint, now_s)
+        uploads._running = None
+
+    patch.setattr(Uploads, "begun", broken)
+
+
+def forget_the_bucket(patch):
+    """Looks for checkpoints on the disk only."""
+    read = Offers.read
+
+    def broken(offers, sources, unread):
+        read(offers, [source for source in sources if source.tier == TIER], unread)
+
+    patch.setattr(Offers, "read", broken)
+
+
+def begin_afresh_when_the_bucket_is_down(patch):
+    """Takes a bucket that can't be read for an empty one."""
+    store_read = JobMachine._store_read
+    patch.setattr(
+        JobMachine, "_store_read", lambda job, event, now: store_read(job, dataclasses.replace(event, unread={}), now)
+    )
+
+
+def keep_the_oldest_in_the_bucket(patch):
+    """Removes from the bucket what is newest there."""
+    prune = Tiers.prune
+
+    def broken(tiers, tier, restorable):
+        if tier == TIER or len(tiers.held[tier]) < 2:
+            return prune(tiers, tier, restorable)
+        newest = max(tiers.held[tier])
+        del tiers.held[tier][newest]
+        return [Prune((newest,), tier, ("mutation",), tuple(tiers.held[tier]))]
+
+    patch.setattr(Tiers, "prune", broken)
 
 
 def close_incidents_early(patch):
@@ -242,12 +307,19 @@ MUTATIONS = [
     (give_up_one_of_two, "there are more slots"),
     (trust_replicas, "which is not complete|know whether replicas differ"),
     (forget_that_replicas_differ, "says whole"),
-    (prune_the_newest, "is removed and nothing newer is committed"),
+    (prune_the_newest, "is removed from local and nothing newer is committed"),
     (flush_two_at_once, "a second flush begins"),
     (flush_the_other_slot, "was digested wrong|while a flush reads it"),
     (flush_one_rank_only, "lacks shard"),
     (claim_the_same_number, "is taken twice"),
     (end_without_the_last_flush, "the final checkpoint is not committed"),
+    (end_without_the_last_upload, "the final checkpoint is not in the bucket"),
+    (unpin_uploads, "which was pruned|which is not on the disk"),
+    (never_upload_again, "the final checkpoint is not in the bucket"),
+    (upload_two_at_once, "a second upload begins"),
+    (forget_the_bucket, "begins with|a fresh start though there are checkpoints"),
+    (begin_afresh_when_the_bucket_is_down, "a fresh start though the bucket could not be read"),
+    (keep_the_oldest_in_the_bucket, "is removed from bucket and nothing newer is committed"),
     (close_incidents_early, "was closed before its restart"),
     (never_decide, "for ever"),
 ]

@@ -15,9 +15,11 @@ from ckptd.core.job_states import TERMINAL, JobState
 from ckptd.core.keeper import FINAL_FLUSH_TRIES
 from ckptd.core.policy.interval import REACTION_S
 from ckptd.core.restore import MEMORY, Source
-from ckptd.types import CheckpointId, Incident
+from ckptd.types import CheckpointId
 from tests.simulation.memory import Cell, Content, Slot, shard_of, state_after
-from tests.simulation.storage import TIER
+from tests.simulation.storage import BUCKET, TIER
+from tests.simulation.witness_bucket import BucketWitness
+from tests.simulation.witness_incidents import IncidentWitness
 
 if TYPE_CHECKING:
     from tests.simulation.agent import ModelAgent
@@ -38,6 +40,7 @@ class Witness:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self.bucket = BucketWitness(self, node)
         self.chain: list[CheckpointId] = []
         self.memory: dict[CheckpointId, list[Slot]] = {}
         self.refused: set[Source] = set()
@@ -45,7 +48,7 @@ class Witness:
         """Whether replicated tensors were seen to differ in this life of the agent."""
         self.at_most: int | None = None
         self.leaving: set[CheckpointId] = set()
-        self.next_incident = 1
+        self.incidents = IncidentWitness(self)
         self.flush_failures: dict[CheckpointId, int] = {}
         self.newest: CheckpointId | None = None
         self.started = 0
@@ -66,8 +69,6 @@ class Witness:
         self._flush_open = False
         self.commit_unknown = False
         """Whether a manifest stands on the disk of which the machine has not heard, so it has not pruned for it."""
-        self._incidents: dict[int, Incident] = {}
-        self._just_closed: list[Incident] = []
         self._finished: dict[int, tuple[int, int]] = {}
         self._disk_changes = -1
 
@@ -96,17 +97,20 @@ class Witness:
         """
         in_memory = self.usable(self.memory, MEMORY)
         stored = self.usable(self._node.disk.manifests.keys() - self._node.disk.cut, TIER)
-        candidates = in_memory + stored
+        candidates = in_memory + stored + self.bucket.offered
         if not candidates:
             return None, TIER
         best = max(candidates, key=self.chain.index)
-        return best, MEMORY if best in in_memory else TIER
+        if best in in_memory:
+            return best, MEMORY
+        return best, TIER if best in stored and best != self.bucket.fetched else BUCKET
 
     # --- inputs of the machine --------------------------------------------------------------------------------
 
     def before(self, event: e.Input, agent: ModelAgent) -> None:
         """Note what the machine is about to hear."""
         self.seen[type(event).__name__] += 1
+        self.bucket.before(event, agent)
         match event:
             case e.RankSealed():
                 self._sealed(event, agent)
@@ -117,7 +121,7 @@ class Witness:
                     self._seals.pop(missed, None)
             case e.RestoreFailed():
                 self._restore_failed(event)
-            case e.Committed():
+            case e.Committed() if event.tier == TIER:
                 self._flush_known(event.id)
             case e.FlushFailed():
                 self.flush_failures[event.id] = self.flush_failures.get(event.id, 0) + 1
@@ -173,6 +177,7 @@ class Witness:
         else:
             self.require(event.id in self._node.disk.damaged, f"{source} is called damaged, which it is not")
             self.seen["damage found on the disk"] += 1
+            self.refused.add(Source(event.id, TIER))  # what was fetched is read there too
         self.refused.add(source)
 
     def _flush_known(self, flushed: CheckpointId) -> None:
@@ -183,7 +188,7 @@ class Witness:
 
     def after(self, event: e.Input, agent: ModelAgent) -> None:
         """Look what the machine made of an event."""
-        if isinstance(event, e.Committed):
+        if isinstance(event, e.Committed) and event.tier == TIER:
             self.commit_unknown = False
         self._given_up = None
         for process in agent.ranks.values():
@@ -194,11 +199,7 @@ class Witness:
             self.at_most = event.step
         if state in (JobState.FENCED, JobState.DRAINING, JobState.BACKOFF, JobState.PREPARING, *TERMINAL):
             self._over = True
-        for incident in self._just_closed:
-            if agent.end is None:
-                known = incident.decision != "" and incident.lost_steps is not None
-                self.require(known, f"incident {incident.number} was closed before its restart: {incident}")
-        self._just_closed.clear()
+        self.incidents.after_input(ended=agent.end is not None)
 
     def _check_content(self, content: Content, rank: int, checkpoint: CheckpointId, how: str) -> None:
         wanted = shard_of(rank, checkpoint.step)
@@ -212,8 +213,8 @@ class Witness:
             case e.Claim():
                 wanted, self._tier = self._expected()
                 self.seen["fresh start" if wanted is None else f"from {self._tier}"] += 1
-                stored = any(item in self._node.disk.manifests for item in self.chain)
-                self.require(effect.parent is not None or not stored, "a fresh start though there are checkpoints")
+                if effect.parent is None:
+                    self.bucket.fresh_start()
                 self.require(effect.parent == wanted, f"begins with {effect.parent}, {wanted} is the newest")
             case e.Admit():
                 self.require(effect.generation == self.started, f"admits to generation {effect.generation}")
@@ -235,10 +236,12 @@ class Witness:
                 restarts = self._starts_in_life - 1
                 self.require(effect.generation == self.started, f"spawns generation {effect.generation}")
                 self.require(effect.restarts == restarts, f"says {effect.restarts} restarts, there were {restarts}")
-            case e.Prune():
+            case e.Prune() if effect.tier == TIER:
                 self.leaving.update(effect.ids)
+            case e.Prune():
+                self.bucket.leave(effect.ids)
             case e.Record():
-                self._recorded(effect.incident)
+                self.incidents.recorded(effect.incident, self._claims[self.started])
             case e.Flush():
                 self.require(effect.id in self.memory, f"a flush of {effect.id}, which is not complete")
                 self._flushed = effect.id
@@ -251,19 +254,6 @@ class Witness:
         self.require(checkpoint in self._node.disk.manifests, f"{checkpoint} is given up, which is on no tier")
         self.seen["given up"] += 1
         del self.memory[checkpoint]
-
-    def _recorded(self, incident: Incident) -> None:
-        known = self._incidents.get(incident.number)
-        self.require(known is None or not known.closed, f"incident {incident.number} changed after it was closed")
-        self.require(known is not None or incident.number == self.next_incident, f"incident number {incident.number}")
-        if incident.lost_steps is not None and (known is None or known.lost_steps is None):
-            parent = self._claims[self.started]
-            began = None if incident.restored is None else (incident.restored["generation"], incident.restored["step"])
-            self.require(began == parent, f"incident {incident.number} says restored {began}, it was {parent}")
-        self.next_incident = max(self.next_incident, incident.number + 1)
-        self._incidents[incident.number] = incident
-        if incident.closed:
-            self._just_closed.append(incident)
 
     def _starts(self, generation: int) -> None:
         self.require(generation > self.started, f"generation {generation} starts after {self.started}")
@@ -314,11 +304,12 @@ class Witness:
         self._flushing = []
         self.commit_unknown = committed
 
-    def checkpoint_leaves(self, checkpoint: CheckpointId) -> None:
-        """Check that a checkpoint may be removed: something newer of the lineage is committed."""
+    def checkpoint_leaves(self, checkpoint: CheckpointId, tier: str) -> None:
+        """Check that a checkpoint may be removed from a tier: something newer of the lineage is committed there."""
         at = self.chain.index(checkpoint) if checkpoint in self.chain else -1
-        newer = [item for item in self.intact if self.chain.index(item) > at and item not in self.leaving]
-        self.require(bool(newer), f"{checkpoint} is removed and nothing newer is committed")
+        left = self.bucket.staying if tier == BUCKET else [item for item in self.intact if item not in self.leaving]
+        newer = [item for item in left if self.chain.index(item) > at]
+        self.require(bool(newer), f"{checkpoint} is removed from {tier} and nothing newer is committed")
 
     def generation_claimed(self, number: int, parent: CheckpointId | None) -> None:
         """Note a generation record: from now on the lineage goes through its parent."""
@@ -327,6 +318,7 @@ class Witness:
         self.require(parent is None or parent in self.chain, f"{parent} is no ancestor")
         self._claims[number] = parent
         self.chain = [] if parent is None else self.chain[: self.chain.index(parent) + 1]
+        self.bucket.lines[number] = list(self.chain)
 
     def rank_killed(self, process: RankProcess) -> None:
         """Note in the middle of what a rank dies."""
@@ -337,13 +329,15 @@ class Witness:
     def agent_killed(self) -> None:
         """Note in the middle of what the agent dies."""
         self.seen["agent killed during a flush"] += self._flush_open
+        self.bucket.agent_killed()
 
     def rank_finished(self, process: RankProcess) -> None:
         """Note the state in which a rank leaves training."""
         self._finished[process.rank] = (process.step, process.state)
 
     def after_event(self) -> None:
-        """Check the disk, if it has changed."""
+        """Check the tiers, if they have changed."""
+        self.bucket.after_event()
         disk, options = self._node.disk, self._node.options
         if disk.changes == self._disk_changes:
             return
@@ -360,18 +354,25 @@ class Witness:
 
     # --- lives and ends ---------------------------------------------------------------------------------------
 
+    def disk_lost(self) -> None:
+        """Know only what the bucket knows."""
+        self._disk_changes = -1
+        self.chain = self.bucket.lineage
+        self.started = max(self._node.bucket.parents, default=0)
+
     def agent_begins(self) -> None:
         """Forget what was in the memory of the agent before."""
         self.memory.clear()
         self.refused.clear()
         self.flush_failures.clear()
         self.leaving.clear()
+        self.bucket.agent_begins()
         self._seals.clear()
         self._void.clear()
         self._witnesses.clear()
         self.whole = False
         self._offered = self._given_up = None
-        self._just_closed.clear()
+        self.incidents.agent_begins()
         self.at_most = None
         self.newest = None
         self._over = True
@@ -382,7 +383,8 @@ class Witness:
     def hopeless(self) -> bool:
         """Whether the newest snapshot failed to become durable so often that the job may end with an error."""
         self.seen["hopeless"] += 1
-        return self.newest is not None and self.flush_failures.get(self.newest, 0) >= FINAL_FLUSH_TRIES
+        failures = 0 if self.newest is None else self.flush_failures.get(self.newest, 0)
+        return failures >= FINAL_FLUSH_TRIES or self.bucket.hopeless
 
     def job_finished(self) -> None:
         """Check what a finished job leaves."""
@@ -394,5 +396,5 @@ class Witness:
         final = [item for item in self.chain if item.step == options.total_steps]
         stands = any(item in self._node.disk.manifests for item in final)
         self.require(stands or self._last_step_lost, "the final checkpoint is not committed")
-        left = [number for number, incident in self._incidents.items() if not incident.closed]
-        self.require(not left or self._node.agent_deaths > 0, f"incidents {left} are still open")
+        self.bucket.job_finished([item for item in final if item in self._node.disk.manifests])
+        self.require(not self.incidents.open or self._node.agent_deaths > 0, f"still open: {self.incidents.open}")

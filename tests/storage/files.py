@@ -6,7 +6,7 @@ import mmap
 import threading
 from pathlib import Path
 
-from ckptd.storage.direct import address_of
+from ckptd.storage.addresses import address_of
 
 
 def aligned(size: int, filling: bytes = b"d") -> memoryview:

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from ckptd.errors import DamagedError, FencedError, NotFoundError, StoreError
-from ckptd.storage import catalog, digest, image, keys, manifest, ranges
-from ckptd.storage.image import BLOCK_BYTES, TensorSpec
+from ckptd.storage import catalog, digest, file_stream, image, keys, manifest, ranges
+from ckptd.storage.image import TensorSpec
 from ckptd.storage.manifest import Place, ShardContent
 from ckptd.storage.memory import MemoryTier
 from ckptd.storage.packing import pack
@@ -125,13 +125,12 @@ def test_verify_names_damage(tier: MemoryTier, damage: str) -> None:
     assert says in " / ".join(problems)
 
 
-@pytest.mark.parametrize("window", [BLOCK_BYTES, 3 * BLOCK_BYTES, 2**24])
-def test_an_intact_checkpoint_is_intact(tier: MemoryTier, monkeypatch: pytest.MonkeyPatch, window: int) -> None:
-    """Nothing is found where nothing is wrong, also when a tensor of many leaves is read in many small blocks."""
-    monkeypatch.setattr(ranges, "_WINDOW_BYTES", window)
-    for module in (ranges, digest):
+@pytest.mark.parametrize("unit_bytes", [128, 300, 2**22])
+def test_an_intact_checkpoint_is_intact(tier: MemoryTier, monkeypatch: pytest.MonkeyPatch, unit_bytes: int) -> None:
+    """Nothing is found where nothing is wrong, also when a tensor of many leaves is read in many small units."""
+    monkeypatch.setattr(file_stream, "_UNIT_BYTES", unit_bytes)
+    for module in (ranges, digest, manifest):
         monkeypatch.setattr(module, "LEAF_BYTES", 128)
-    monkeypatch.setattr(manifest, "LEAF_BYTES", 128)
     commit(tier, CheckpointId(2, 41))
     assert catalog.verify(tier, JOB, CheckpointId(2, 41)) == []
     weight = catalog.load_manifest(tier, JOB, CheckpointId(2, 41)).tensors["weight"]
@@ -146,6 +145,46 @@ def test_every_bit_counts(tier: MemoryTier) -> None:
     for at in [*range(0, image.BLOCK_BYTES, 31), *range(image.BLOCK_BYTES, len(good), 97)]:
         tier.put(KEY, good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
         assert catalog.verify(tier, JOB, AT), f"a flipped bit in byte {at} was not found"
+
+
+_UNREADABLE: dict[str, tuple[Callable[[bytearray], object], str]] = {
+    "no JSON": (lambda data: data.__setitem__(8, 0), "it is no safetensors file: a shard's header can't be read"),
+    "an unknown dtype": (
+        lambda data: data.__setitem__(slice(None), data.replace(b'"F16"', b'"F61"')),
+        "it is no safetensors file: tensor 'bias' is of the unknown dtype 'F61'",
+    ),
+    "a tensor elsewhere": (
+        lambda data: data.__setitem__(slice(None), data.replace(b"[480,494]", b"[481,495]")),
+        "it is no safetensors file: tensor 'bias' does not lie where",
+    ),
+    "too short a header": (flip(0), "its header does not end where its tensors begin"),
+    "another name": (rename_tensor, "its header and the manifest disagree about tensor 'boas' and 1 more"),
+    "one tensor more": (add_empty_tensor, "its header and the manifest disagree about tensor 'added'"),
+}
+
+
+@pytest.mark.parametrize("damage", sorted(_UNREADABLE))
+def test_a_file_that_is_what_was_stored_can_still_be_unreadable(tier: MemoryTier, damage: str) -> None:
+    """A header that was stored as it is, but is none of safetensors or not what the manifest says, is named."""
+    edit, says = _UNREADABLE[damage]
+    change(tier, KEY, edit)
+    key = keys.manifest_key(JOB, AT)
+    document = json.loads(tier.get(key))
+    own = catalog.describe_shard(1, memoryview(shard(1)))
+    header = tier.get(KEY)[: len(own.layout.header)]
+    in_order = [own.digests[item.name].value for item in own.layout.spans]
+    document["shards"][1]["digest"] = digest.shard_digest(header, in_order)
+    tier.put(key, json.dumps(document).encode())
+    (problem,) = catalog.verify(tier, JOB, AT)
+    assert problem.startswith(f"{FILE}: {says}")
+
+
+def test_verify_paces_itself_and_tells_how_far_it_is(tier: MemoryTier) -> None:
+    """What is read is asked for before and told of afterwards: every byte once."""
+    paced: list[int] = []
+    told: list[int] = []
+    assert catalog.verify(tier, JOB, AT, pace=paced.append, progress=told.append) == []
+    assert sum(paced) == sum(told) == RANKS * len(shard(0))
 
 
 def test_a_missing_shard_is_named(tier: MemoryTier) -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from ckptd.errors import DamagedError, StoreError
 from ckptd.storage import direct
-from ckptd.storage.direct import IO_BYTES, address_of
+from ckptd.storage.addresses import address_of
+from ckptd.storage.direct import IO_BYTES
 from ckptd.storage.local import LocalTier
 from tests.storage.files import aligned, files_below, pattern
 

@@ -12,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptd import config as config_module
-from ckptd.config import MAX_NPROC, AgentConfig, JobConfig, absolute_store, load_job_file
+from ckptd.config import MAX_NPROC, AgentConfig, JobConfig, load_job_file
 from ckptd.errors import ConfigError
+from ckptd.store_config import StoreConfig, absolute_store
 
-GOOD: dict[str, Any] = {"name": "gpt", "command": ("train.py", "--steps", "10"), "store": "/runs"}
+GOOD: dict[str, Any] = {"name": "gpt", "command": ("train.py", "--steps", "10"), "stores": (StoreConfig("/runs"),)}
+
+WRITTEN: dict[str, Any] = {"name": "gpt", "command": ["train.py", "--steps", "10"], "store": "/runs"}
+"""The same as JSON and TOML say it."""
 
 
 def job(**changes: Any) -> JobConfig:
@@ -42,14 +46,13 @@ def job(**changes: Any) -> JobConfig:
         ({"every_s": -1.0}, "every is -1 s"),
         ({"every_s": float("nan")}, "every is nan s"),
         ({"every_s": float("inf")}, "every is inf s"),
-        ({"keep_last": 0}, "keep_last is 0"),
         ({"max_restarts": -1}, "max_restarts is -1"),
         ({"slots": 0}, "slots is 0"),
         ({"slots": 9}, "slots is 9"),
         ({"flush_max_bytes_per_s": -1}, "flush_max is -1 bytes per second"),
         ({"overlap": "maybe"}, "overlap is 'maybe'"),
         ({"overlap": ""}, "overlap is ''"),
-        ({"store": ""}, "no store is named"),
+        ({"stores": ()}, "no store is named"),
     ],
 )
 def test_a_job_that_can_not_run_is_refused(changes: dict[str, Any], says: str) -> None:
@@ -65,7 +68,6 @@ def test_a_job_that_can_not_run_is_refused(changes: dict[str, Any], says: str) -
     [
         {"nproc": 1},
         {"nproc": MAX_NPROC},
-        {"keep_last": 1},
         {"max_restarts": 0},
         {"slots": 1},
         {"slots": 8},
@@ -92,10 +94,11 @@ _TEXT = st.text(min_size=1, max_size=8)
         JobConfig,
         name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,10}", fullmatch=True),
         command=st.lists(_TEXT, max_size=3).map(tuple),
-        store=_TEXT,
+        stores=st.lists(st.builds(StoreConfig, url=_TEXT), min_size=1, max_size=3, unique_by=lambda item: item.url).map(
+            tuple
+        ),
         nproc=st.integers(1, MAX_NPROC),
         every_s=st.floats(0.001, 1e6),
-        keep_last=st.integers(1, 100),
         max_restarts=st.integers(0, 100),
         preload=st.lists(_TEXT, max_size=3).map(tuple),
         python=_TEXT,
@@ -131,7 +134,7 @@ def test_round_trip(config: JobConfig) -> None:
         ({"command": ["train.py", 7]}, "command must be a list of strings"),
         ({"preload": "torch"}, "preload must be a list of strings"),
         ({"name": 7}, "name must be text, not 7"),
-        ({"store": 7}, "store must be text, not 7"),
+        ({"store": 7}, "store must be a path, a URL, a table, or a list of them, not 7"),
         ({"python": None}, "python must be text, not None"),
         ({"cwd": []}, "cwd must be text, not []"),
         ({"env": {"OMP_NUM_THREADS": 1}}, "env must be a table of strings"),
@@ -141,19 +144,20 @@ def test_round_trip(config: JobConfig) -> None:
 def test_json_of_another_type_is_refused(changes: dict[str, Any], says: str) -> None:
     """A field of another type is a `ConfigError` that names it: nothing fails later, in the middle of a start."""
     with pytest.raises(ConfigError) as caught:
-        JobConfig.from_json({**GOOD, "command": ["train.py"], **changes})
+        JobConfig.from_json({**WRITTEN, **changes})
     assert says in caught.value.message
 
 
 def test_every_setting_has_a_shape() -> None:
     """The table of what settings look like has an entry for each of them, and no other."""
-    assert set(config_module._SHAPES) == {field.name for field in dataclasses.fields(JobConfig)}
+    settings = {field.name for field in dataclasses.fields(JobConfig)} - {"stores"}
+    assert set(config_module._SHAPES) == settings | {"store", "keep_last"}
 
 
 @pytest.mark.parametrize("key", ["name", "command", "store"])
 def test_a_missing_setting_is_named(key: str) -> None:
     """What has no default must be there, and the error says what is missing."""
-    data = {name: value for name, value in GOOD.items() if name != key}
+    data = {name: value for name, value in WRITTEN.items() if name != key}
     with pytest.raises(ConfigError, match=key):
         JobConfig.from_json(data)
 
@@ -192,10 +196,9 @@ def test_a_job_file(tmp_path: Path) -> None:
     assert load_job_file(path) == JobConfig(
         name="gpt",
         command=("train.py", "--text", "ä"),
-        store=f"{tmp_path}/my runs",
+        stores=(StoreConfig(f"{tmp_path}/my runs", keep_last=5),),
         nproc=2,
         every_s=90.0,
-        keep_last=5,
         max_restarts=7,
         preload=("torch", "numpy"),
         cwd=f"{tmp_path}/sub",
@@ -212,7 +215,7 @@ def test_a_short_job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     write(tmp_path, 'command = ["train.py"]\nstore = "s3://bucket/runs"\npreload = false\n', "tiny-gpt.toml")
     monkeypatch.chdir(tmp_path)
     config = load_job_file(Path("tiny-gpt.toml"))
-    assert (config.name, config.store, config.preload) == ("tiny-gpt", "s3://bucket/runs", ())
+    assert (config.name, config.stores, config.preload) == ("tiny-gpt", (StoreConfig("s3://bucket/runs"),), ())
     assert Path(config.cwd) == tmp_path
 
 
@@ -234,7 +237,7 @@ def test_a_short_job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ('command = ["train.py"]\nstore = "runs"\nname = "a b"', "'a b' can't name a job"),
         ('command = ["train.py"]\nstore = "runs"\npreload = true', "preload must be a list of strings"),
         ('command = ["train.py"]\nstore = "runs"\ncwd = 5', "cwd must be text"),
-        ('command = ["train.py"]\nstore = 5', "store must be text"),
+        ('command = ["train.py"]\nstore = 5', "store must be a path"),
         ('command = ["train.py"]\nstore = "runs"\nenv = {A = 1}', "env must be a table of strings"),
     ],
 )

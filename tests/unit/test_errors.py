@@ -70,7 +70,7 @@ def test_an_unknown_error_is_still_an_error(data: dict[str, object]) -> None:
 
 def test_only_a_fault_of_the_world_is_retryable() -> None:
     """The same call may succeed later for a store and an agent, and for nothing that somebody has to change."""
-    assert {kind.code for kind in FAMILY if kind.retryable} == {"store", "agent"}
+    assert {kind.code for kind in FAMILY if kind.retryable} == {"store", "full", "agent"}
 
 
 def test_an_invariant_holds_or_crashes() -> None:

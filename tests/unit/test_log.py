@@ -149,7 +149,9 @@ def _events(path: Path) -> Iterator[tuple[str, ast.expr]]:
         first = node.args[0] if node.args else node.keywords[0].value if node.keywords else None
         # getattr(self._log, level)("an event"), where the level varies; the shell passes on the names of effects so.
         by_level = isinstance(function, ast.Call) and ast.unparse(function).startswith("getattr(self._log")
-        if first is not None and (logs or name == "Log" or (by_level and isinstance(first, ast.Constant))):
+        # report("an event", {…}) from the threads of storage, which know no logger.
+        reports = name in ("report", "_report") and len(node.args) == 2 and isinstance(node.args[1], ast.Dict)
+        if first is not None and (logs or reports or name == "Log" or (by_level and isinstance(first, ast.Constant))):
             yield f"{path.relative_to(ROOT)}:{node.lineno}", first
 
 

@@ -238,24 +238,3 @@ def test_a_generation_has_one_winner(tier: LocalTier, pool: ThreadPoolExecutor) 
     assert catalog.holdings(tier, "job").parents == {3: CheckpointId(1, wins.index(True))}
     assert not JobStore(tier, "job", pool).claim(3, None)
     assert JobStore(tier, "job", pool).claim(4, None)
-
-
-def test_an_empty_store_has_nothing(store: JobStore) -> None:
-    """A job that never ran has no source and no generation."""
-    read = store.read()
-    assert (read.sources, read.last_generation) == ((), 0)
-
-
-def test_the_store_is_read_in_the_order_of_the_lineage(store: JobStore) -> None:
-    """What the store holds comes newest first, without the steps that a later generation has left behind."""
-    first, lost, second = CheckpointId(1, 10), CheckpointId(1, 20), CheckpointId(2, 15)
-    assert store.claim(1, None)
-    for checkpoint in (first, lost):
-        flush(store, [{"x": pattern(1)}], checkpoint)
-    assert store.claim(2, first)
-    flush(store, [{"x": pattern(2)}], second, first)
-    assert store.claim(5, second)
-    read = store.read()
-    assert [source.id for source in read.sources] == [second, first]
-    assert {source.tier for source in read.sources} == {"local"}
-    assert read.last_generation == 5

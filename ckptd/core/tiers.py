@@ -1,0 +1,178 @@
+"""What each tier holds of a job, what is on its way there, and what may go.
+
+Two rules keep a restart possible from each tier alone: the newest on it that a restart could begin with never goes, and
+what is still to be read for an upload stays where it is read from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ckptd.core.events import Effect, Log, Prune, Upload, UploadFailed
+from ckptd.core.job_spec import TierSpec
+from ckptd.core.policy import retention
+from ckptd.core.restore import Source
+from ckptd.core.uploads import Uploads
+from ckptd.errors import FencedError, invariant
+from ckptd.types import CheckpointId, Held
+
+
+@dataclass(slots=True)
+class UploadCounters:
+    """What happened to uploads in this run, for status and tests: no skip is silent."""
+
+    committed: int = 0
+    skipped: int = 0
+    failures: int = 0
+
+
+class Tiers:
+    """The tiers of one job, the first of which is where flushes go."""
+
+    def __init__(self, specs: Sequence[TierSpec]) -> None:
+        self.first = specs[0].name
+        self.held: dict[str, dict[CheckpointId, Held]] = {spec.name: {} for spec in specs}
+        """What is committed, by tier."""
+        self.uploads = {spec.name: Uploads(spec.name, spec.backlog, spec.every_s) for spec in specs[1:]}
+        """The queue of every tier but the first."""
+        self.counters = UploadCounters()
+        self._parents: dict[int, CheckpointId] = {}
+        self._policies = {spec.name: spec.retention for spec in specs}
+        invariant(len(self._policies) == len(specs), f"two tiers of one name: {[spec.name for spec in specs]}")
+
+    def found(
+        self, sources: Iterable[Source], held: Mapping[str, Iterable[Held]], unread: Collection[str] = ()
+    ) -> None:
+        """Take in what the tiers hold already, and queue the newest where it is missing.
+
+        What is in `sources` and not in `held` is known by its name only; of a tier in `unread`, what was known before
+        stays.
+        """
+        copies = list(sources)
+        for tier in self.held:
+            if tier not in unread:
+                facts = {source.id: Held(source.id) for source in copies if source.tier == tier}
+                self.held[tier] = facts | {item.id: item for item in held.get(tier, ())}
+        newest = max((source.id for source in copies if source.tier == self.first), default=None)
+        if newest is not None:
+            self._offer_where_missing(newest)
+
+    def begin(self, generation: int, parent: CheckpointId | None) -> None:
+        """Begin a generation: what it leaves behind need not go anywhere, what it begins with must."""
+        for queue in self.uploads.values():
+            queue.calm_down()
+            if parent is not None:
+                queue.leave_behind(parent)
+        if parent is not None:
+            self._parents[generation] = parent
+            if parent in self.held[self.first]:
+                self._offer_where_missing(parent)
+
+    def left_behind(self, checkpoint: CheckpointId) -> bool:
+        """Whether a generation of this run has begun with something older, so that it is not in the lineage."""
+        cuts = self._parents.items()
+        return any(checkpoint > parent and checkpoint.generation < generation for generation, parent in cuts)
+
+    def _offer_where_missing(self, checkpoint: CheckpointId) -> None:
+        for tier, queue in self.uploads.items():
+            if checkpoint not in self.held[tier]:
+                queue.offer(checkpoint)
+
+    def fetched(self, source: Source) -> None:
+        """Note that a checkpoint was brought back to the first tier."""
+        self.held[self.first][source.id] = self.held[source.tier].get(source.id, Held(source.id))
+
+    def flushed(self, item: Held, *, upload: bool) -> list[Effect]:
+        """Note a commit on the first tier, and queue it for the others if it is worth their while."""
+        self.held[self.first][item.id] = item
+        effects: list[Effect] = []
+        for queue in self.uploads.values() if upload else ():
+            effects += self._skipped(queue, queue.offer(item.id))
+        return effects
+
+    def _skipped(self, queue: Uploads, checkpoints: Iterable[CheckpointId]) -> list[Effect]:
+        effects: list[Effect] = []
+        for checkpoint in checkpoints:
+            self.counters.skipped += 1
+            reason = "a newer one is there before its turn"
+            fields = {"step": checkpoint.step, "tier": queue.tier, "reason": reason}
+            level = "debug" if queue.every_s else "warning"  # with an interval that is how it should be
+            effects.append(Log("upload skipped", fields, level=level))
+        return effects
+
+    def uploaded(self, checkpoint: CheckpointId, tier: str, size_bytes: int, at: float) -> Held:
+        """Note a commit on a further tier at wall-clock `at`; return what is known of it."""
+        self.uploads[tier].done(checkpoint)
+        self.counters.committed += 1
+        known = self.held[self.first].get(checkpoint, Held(checkpoint))
+        item = Held(checkpoint, at, size_bytes, known.values, known.tags)
+        self.held[tier][checkpoint] = item
+        return item
+
+    def failed(self, event: UploadFailed, now_s: float) -> list[Effect]:
+        """Say what went wrong with an upload, and when it is tried again."""
+        queue = self.uploads[event.tier]
+        self.counters.failures += 1
+        if isinstance(event.error, FencedError):
+            queue.close()
+        delay_s = queue.failed(event.id, now_s, retryable=event.error.retryable)
+        fields = {"step": event.id.step, "tier": event.tier, "error": str(event.error), "retry_in_s": delay_s}
+        return [Log("upload failed", fields, level="error"), *self._skipped(queue, queue.trim())]
+
+    def start(self, now_s: float) -> list[Effect]:
+        """Start the uploads that are due."""
+        effects: list[Effect] = []
+        for tier, queue in self.uploads.items():
+            checkpoint = queue.next(now_s)
+            while checkpoint is not None and not self._worth_while(checkpoint, tier):
+                queue.skip(checkpoint)
+                checkpoint = queue.next(now_s)
+            if checkpoint is not None:
+                queue.begun(checkpoint, now_s)
+                effects.append(Upload(checkpoint, tier))
+        return effects
+
+    def _worth_while(self, checkpoint: CheckpointId, tier: str) -> bool:
+        """Whether a checkpoint would stay on a tier; an older one that was overtaken may not."""
+        if all(other < checkpoint or self.left_behind(other) for other in self.held[tier]):
+            return True
+        item = self.held[self.first].get(checkpoint, Held(checkpoint))
+        verdicts = retention.judge([*self.held[tier].values(), item], self._policies[tier], in_use={})
+        return any(verdict.keep for verdict in verdicts if verdict.id == checkpoint)
+
+    def prune(self, tier: str, restorable: CheckpointId | None) -> list[Effect]:
+        """Let go what retention does not keep; `restorable` is the newest there that a restart could begin with."""
+        in_use: dict[CheckpointId, str] = {}
+        if restorable is not None:
+            in_use[restorable] = "the newest that a restart can begin with"
+        uploading: tuple[CheckpointId, ...] = ()
+        if tier == self.first:
+            for queue in self.uploads.values():
+                in_use |= dict.fromkeys(queue.pinned, f"its upload to {queue.tier} is to come")
+        else:
+            uploading = tuple(sorted(self.uploads[tier].pinned))  # it may refer to files that are there
+        verdicts = retention.judge(self.held[tier].values(), self._policies[tier], in_use)
+        removed = [verdict for verdict in verdicts if not verdict.keep]
+        if not removed:
+            return []
+        for verdict in removed:
+            del self.held[tier][verdict.id]
+        reasons = tuple("; ".join(verdict.reasons) for verdict in removed)
+        kept = tuple(verdict.id for verdict in verdicts if verdict.keep)
+        return [Prune(tuple(verdict.id for verdict in removed), tier, reasons, kept + uploading)]
+
+    def hurry(self, now_s: float) -> None:
+        """Have the last uploads done: the job is ending."""
+        for queue in self.uploads.values():
+            queue.hurry(now_s)
+
+    @property
+    def pending(self) -> bool:
+        """Whether the newest checkpoint is still to come to some tier."""
+        return any(queue.pending for queue in self.uploads.values())
+
+    @property
+    def hopeless(self) -> list[str]:
+        """The tiers to which the newest checkpoint will not come."""
+        return [tier for tier, queue in self.uploads.items() if queue.hopeless]

@@ -1,0 +1,42 @@
+"""The tiers of a job, opened in their order and each under a name of its own: for the agent and for `ckptctl`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptd.plugin.manager import PluginManager
+from ckptd.storage.tier import Tier
+from ckptd.store_config import StoreConfig
+
+
+@dataclass(frozen=True, slots=True)
+class JobTier:
+    """A tier of a job, under a name that none of its other tiers has."""
+
+    name: str
+    tier: Tier
+    config: StoreConfig
+
+
+def open_stores(stores: Sequence[StoreConfig], plugins: PluginManager, home: Path) -> list[JobTier]:
+    """Open all tiers of a job, fastest first; the first one is of this node.
+
+    Where only places behind a network are named, one below `home` comes before them: flushes must not wait for a
+    network, and what is on this node survives its processes. Raises what opening raises.
+    """
+    opened = [plugins.open_tier(store.url, store.options) for store in stores]
+    if not opened[0].capabilities.lends_files:
+        here = StoreConfig(str(home / "tiers"), keep_last=stores[0].keep_last)
+        stores = [here, *stores]
+        opened.insert(0, plugins.open_tier(here.url))
+    tiers: list[JobTier] = []
+    for store, tier in zip(stores, opened, strict=True):
+        taken = {item.name for item in tiers}
+        name, number = tier.name, 1
+        while name in taken:
+            number += 1
+            name = f"{tier.name}-{number}"
+        tiers.append(JobTier(name, tier, store))
+    return tiers

@@ -1,0 +1,301 @@
+"""The tier over obstore: a bucket and a prefix in the contract of `ckptd.storage.tier`.
+
+Large objects go in parts of the caller's own memory, several in flight, without a copy; the server refuses a part whose
+checksum (CRC64NVME) is not that of the bytes that arrived. An upload that fails is taken back, and one that was killed
+is left for `sweep`: this engine can't go on with either, which the capability `multipart` says.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import obstore
+from obstore.store import S3Store
+
+from ckptd.errors import CkptdError, DamagedError, RefusedError, StoreError
+from ckptd.storage.stream import stream_of
+from ckptd.storage.tier import Capabilities, Cost, Data, Entry, FailureGroup, Pace
+from ckptd.units import show_size
+from ckptd_plugins.storage_obstore import settings
+from ckptd_plugins.storage_obstore.credentials import Chain
+from ckptd_plugins.storage_obstore.failures import ENGINE_ERRORS, translated
+from ckptd_plugins.storage_obstore.parts import Parts
+from ckptd_plugins.storage_obstore.sweeping import end_uploads
+from ckptd_plugins.storage_s3.options import Place, S3Options
+from ckptd_plugins.storage_s3.parts import part_bytes_for
+
+if TYPE_CHECKING:
+    from obstore.store import RetryConfig
+
+CREATE_ONLY_MAX_BYTES = 64 * 2**20
+_SMALL_BYTES = 2**20
+_CHUNK_BYTES = 2**18
+"""What is copied at once on the way in: small enough for the cache of a core, large enough to be few calls."""
+_LIST_CHUNK = 1000
+_TEMPORARY = ".tmp-"
+
+Take = Callable[[int, bytes], None]
+"""Is given bytes of an object and where in it they lie."""
+
+
+class ObstoreTier:
+    """Objects below a prefix of an S3 bucket. Names that start with ``.tmp-`` are nobody's objects."""
+
+    name = "s3"
+    capabilities = Capabilities(
+        create_only_put=True,
+        atomic_replace=True,
+        range_read=True,
+        multipart=False,
+        server_checksum=True,
+        consistent_list=True,
+        lends_files=False,
+        cost=Cost.NETWORK,
+        failure_group=FailureGroup.SITE,
+    )
+
+    def __init__(self, place: Place, options: S3Options) -> None:
+        self._place, self._options = place, options
+        self.url = place.url
+        self._chain = Chain(options)
+        self._endpoint = self._chain.endpoint
+        self._settings: dict[str, Any] = {
+            "prefix": place.prefix.rstrip("/") or None,
+            "config": settings.store(options, place.bucket, self._endpoint, self._chain.region),
+            "credential_provider": None if options.anon else self._chain,
+        }
+        self._store = S3Store(
+            place.bucket,
+            client_options=settings.client(options, self._endpoint),
+            retry_config=settings.NO_RETRIES,
+            **self._settings,
+        )
+        self._whole_store = self._sending(options.part_bytes, settings.NO_RETRIES)
+        self._part_store = self._sending_parts(options.part_bytes)
+        self._attributes = {"Storage-Class": options.storage_class} if options.storage_class else None
+        self._lock = threading.Lock()
+        self._readers: ThreadPoolExecutor | None = None
+
+    def _sending(self, size_bytes: int, retries: RetryConfig) -> S3Store:
+        """Return the bucket as it is used to send so much in one request."""
+        return S3Store(
+            self._place.bucket,
+            client_options=settings.client_of_sending(self._options, self._endpoint, size_bytes),
+            retry_config=retries,
+            **self._settings,
+        )
+
+    def _sending_parts(self, part_bytes: int) -> S3Store:
+        return self._sending(part_bytes, settings.retries_of_parts(self._options, part_bytes))
+
+    def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
+        """Send an object: whole when it is small or must be new, else in parts."""
+        stream = stream_of(data)
+        size_bytes = stream.size_bytes
+        if create_only and size_bytes > CREATE_ONLY_MAX_BYTES:
+            raise RefusedError(
+                f"can't create {self._where(key)}: {show_size(size_bytes)} in one request",
+                hint=f"this engine creates objects of up to {show_size(CREATE_ONLY_MAX_BYTES)} only",
+            )
+        part_bytes = part_bytes_for(size_bytes, self._options.part_bytes)
+        whole = create_only or size_bytes <= part_bytes
+        parts = Parts(stream, size_bytes if whole else part_bytes, pace)
+        try:
+            if whole:
+                self._put_whole(key, parts, create_only=create_only)
+            else:
+                self._put_parts(key, parts, part_bytes)
+        except ENGINE_ERRORS as error:
+            if parts.error is not None:
+                raise parts.error from None
+            raise self._failed("create" if create_only else "put", key, error) from error
+        finally:
+            parts.settle()
+
+    def _put_whole(self, key: str, parts: Parts, *, create_only: bool) -> None:
+        obstore.put(
+            self._store if parts.size_bytes <= _SMALL_BYTES else self._whole_store,
+            key,
+            list(parts) or b"",
+            attributes=self._attributes,
+            use_multipart=False,
+            mode="create" if create_only else "overwrite",
+        )
+
+    def _put_parts(self, key: str, parts: Parts, part_bytes: int) -> None:
+        usual = part_bytes == self._options.part_bytes
+        obstore.put(
+            self._part_store if usual else self._sending_parts(part_bytes),
+            key,
+            parts,
+            attributes=self._attributes,
+            use_multipart=True,
+            chunk_size=part_bytes,
+            max_concurrency=self._options.parts_in_flight,
+        )
+
+    def get(self, key: str) -> bytes:
+        """Return an object whole."""
+        try:
+            return bytes(obstore.get(self._store, key).bytes())
+        except ENGINE_ERRORS as error:
+            raise self._failed("read", key, error) from error
+
+    def size_bytes(self, key: str) -> int:
+        """Return an object's size."""
+        return int(self._head(key)["size"])
+
+    def read_into(self, key: str, offset: int, into: memoryview) -> None:
+        """Read a range, a large one in pieces side by side, straight into the memory given."""
+        into = into.cast("B")
+        if not len(into):
+            self._head(key)
+            return
+
+        def take(at: int, chunk: bytes) -> None:
+            into[at - offset : at - offset + len(chunk)] = chunk
+
+        self._fetch(key, offset, offset + len(into), take)
+
+    def open(self, key: str) -> int:
+        """Bring an object into a memory file."""
+        size_bytes = self.size_bytes(key)
+        writable = os.memfd_create("ckptd-object", os.MFD_CLOEXEC)
+        try:
+            if size_bytes:
+                os.ftruncate(writable, size_bytes)
+                self._fetch(key, 0, size_bytes, lambda at, chunk: _write_at(writable, chunk, at))
+            return os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StoreError(f"can't keep {self._where(key)} in memory: {error.strerror}") from error
+        finally:
+            os.close(writable)
+
+    def _fetch(self, key: str, begin: int, end: int, take: Take) -> None:
+        """Hand over a range of one and the same object."""
+        piece = partial(self._fetch_piece, key, take)
+        step = self._options.part_bytes
+        if end - begin <= step:
+            piece(begin, end)
+            return
+        cuts = range(begin, end, step)
+        futures = [self._reader().submit(piece, cut, min(cut + step, end)) for cut in cuts]
+        if len(set(_all(futures))) > 1:
+            raise StoreError(f"{self._where(key)} was replaced while it was read")
+
+    def _fetch_piece(self, key: str, take: Take, begin: int, end: int) -> str | None:
+        at = begin
+        try:
+            result = obstore.get(self._store, key, options={"range": (begin, end)})
+            for chunk in result.stream(min_chunk_size=_CHUNK_BYTES):
+                take(at, chunk)
+                at += len(chunk)
+        except ENGINE_ERRORS as error:
+            raise self._failed("read", key, error) from error
+        if at < end <= result.meta["size"]:
+            raise StoreError(f"can't read {self._where(key)}: the answer broke off at byte {at} of {end}")
+        if at < end:
+            raise DamagedError(f"{self._where(key)} ends at byte {at}, {end} were wanted")
+        return result.meta["e_tag"]
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """Yield what the bucket lists; the engine lists folders, so names are compared here."""
+        return (entry for entry in self._everything(prefix) if not _is_temporary(entry.key))
+
+    def _everything(self, prefix: str) -> Iterator[Entry]:
+        folder = prefix.rpartition("/")[0]
+        try:
+            for chunk in obstore.list(self._store, folder or None, chunk_size=_LIST_CHUNK):
+                for found in chunk:
+                    if found["path"].startswith(prefix):
+                        yield Entry(found["path"], found["size"], found["last_modified"].timestamp())
+        except ENGINE_ERRORS as error:
+            raise self._failed("list", prefix, error) from error
+
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        try:
+            obstore.delete(self._store, key)
+        except FileNotFoundError as error:
+            failed = self._failed("delete", key, error)
+            if isinstance(failed, RefusedError):
+                raise failed from error
+        except ENGINE_ERRORS as error:
+            raise self._failed("delete", key, error) from error
+
+    def sweep(self, prefix: str, older_than_s: float) -> Sequence[str]:
+        """End open uploads, and remove probes."""
+        ended = end_uploads(self._chain, self._options, self._place, prefix, older_than_s)
+        removed = [f"open upload of {key}" for key in ended]
+        before_s = time.time() - older_than_s
+        for entry in self._everything(prefix):
+            if _is_temporary(entry.key) and entry.modified_at < before_s:
+                self.delete(entry.key)
+                removed.append(f"probe {self._where(entry.key)}")
+        return removed
+
+    def check_writable(self) -> None:
+        """List nothing, which only works in a bucket that is there, then put an object and delete it."""
+        probe = f"{_TEMPORARY}{os.urandom(8).hex()}-probe"
+        for _ in self.list(f"{probe}/"):
+            pass
+        self.put(probe, b"ckptd")
+        self.delete(probe)
+
+    def close(self) -> None:
+        """Let go of the threads that read; connections go with the engine's stores."""
+        with self._lock:
+            readers, self._readers = self._readers, None
+        if readers is not None:
+            readers.shutdown()
+
+    def _reader(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._readers is None:
+                self._readers = ThreadPoolExecutor(self._options.parts_in_flight, "ckptd-s3-read")
+            return self._readers
+
+    def _head(self, key: str) -> Mapping[str, Any]:
+        try:
+            return obstore.head(self._store, key)
+        except ENGINE_ERRORS as error:
+            raise self._failed("read", key, error) from error
+
+    def _where(self, key: str) -> str:
+        return self._place.show(key)
+
+    def _failed(self, verb: str, key: str, error: Exception) -> CkptdError:
+        return translated(verb, self._where(key), error, self._chain.problem)
+
+    def __repr__(self) -> str:
+        """Return name and place, and no credentials."""
+        return f"<ObstoreTier {self.url}>"
+
+
+def _is_temporary(key: str) -> bool:
+    return key.rpartition("/")[2].startswith(_TEMPORARY)
+
+
+def _write_at(descriptor: int, chunk: bytes, at: int) -> None:
+    view = memoryview(chunk)
+    while view:
+        count = os.pwrite(descriptor, view, at)
+        view, at = view[count:], at + count
+
+
+def _all(futures: Sequence[Future[str | None]]) -> list[str | None]:
+    """Return all results, or raise the first error, but never before the last one has stopped writing."""
+    wait(futures, return_when=FIRST_EXCEPTION)
+    for future in futures:
+        future.cancel()
+    wait(futures)
+    for future in futures:
+        if not future.cancelled() and (error := future.exception()) is not None:
+            raise error
+    return [future.result() for future in futures]

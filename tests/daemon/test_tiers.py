@@ -1,0 +1,166 @@
+"""Several tiers of a job: how they are opened, and what is read from all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptd.core.restore import Source
+from ckptd.daemon.further_tiers import FurtherTiers
+from ckptd.daemon.job_store import JobStore
+from ckptd.daemon.tiers import read
+from ckptd.errors import FencedError, RefusedError, StoreError
+from ckptd.storage import catalog
+from ckptd.storage.local import LocalTier
+from ckptd.storage.tier import Entry
+from ckptd.store_config import StoreConfig
+from ckptd.tiers import JobTier
+from ckptd.types import CheckpointId
+from tests.daemon.job_store.stored import flush, pattern
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads for flushes."""
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def open_store(tmp_path: Path, pool: ThreadPoolExecutor) -> Callable[[str], JobStore]:
+    """Opens the job's part of a tier by its folder's name."""
+    return lambda name: JobStore(LocalTier(tmp_path / name), "job", pool)
+
+
+def job_tier(store: JobStore, name: str) -> JobTier:
+    """A tier of the job."""
+    return JobTier(name, store.tier, StoreConfig(store.tier.url))
+
+
+def further(first: JobStore, *others: JobStore) -> tuple[FurtherTiers, list[tuple[str, Any]]]:
+    """The further tiers of a job, called "b0" and so on, and what they report."""
+    told: list[tuple[str, Any]] = []
+    stores = {f"b{number}": store for number, store in enumerate(others)}
+    return FurtherTiers("job", first, stores, {}, lambda *event: told.append(event)), told
+
+
+def test_an_empty_store_has_nothing(open_store: Callable[[str], JobStore]) -> None:
+    """A job that never ran has no source and no generation."""
+    found = read([job_tier(open_store("a"), "local")], "job")
+    assert (found.sources, found.last_generation, found.unread) == ((), 0, {})
+
+
+def test_the_store_is_read_in_the_order_of_the_lineage(open_store: Callable[[str], JobStore]) -> None:
+    """What the store holds comes newest first, without the steps that a later generation has left behind."""
+    store = open_store("a")
+    first, lost, second = CheckpointId(1, 10), CheckpointId(1, 20), CheckpointId(2, 15)
+    assert store.claim(1, None)
+    for checkpoint in (first, lost):
+        flush(store, [{"x": pattern(1)}], checkpoint)
+    assert store.claim(2, first)
+    flush(store, [{"x": pattern(2)}], second, first)
+    assert store.claim(5, second)
+    found = read([job_tier(store, "local")], "job")
+    assert found.sources == (Source(second, "local"), Source(first, "local"))
+    assert found.last_generation == 5
+    assert {item.id for item in found.held["local"]} == {first, lost, second}
+
+
+def test_copies_on_all_tiers_are_named(open_store: Callable[[str], JobStore]) -> None:
+    """The newest checkpoint comes first wherever it is, and of one checkpoint the copy on the first tier."""
+    near, far = open_store("a"), open_store("b")
+    old, new = CheckpointId(1, 10), CheckpointId(1, 20)
+    assert near.claim(1, None)
+    flush(near, [{"x": pattern(1)}], old)
+    tiers, _ = further(near, far)
+    tiers.upload(old, "b0")
+    flush(near, [{"x": pattern(2)}], new)
+    tiers.upload(new, "b0")
+    assert near.prune([old], [new]) is None
+    found = read([job_tier(near, "local"), job_tier(far, "b0")], "job")
+    assert found.sources == (Source(new, "local"), Source(new, "b0"), Source(old, "b0"))
+
+
+class _Deaf(LocalTier):
+    """A tier that lists nothing, for one reason or another."""
+
+    problem: StoreError
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        raise self.problem
+
+
+@pytest.mark.parametrize(("problem", "goes_on"), [(StoreError("it is down"), True), (RefusedError("no key"), False)])
+def test_a_further_tier_that_can_not_be_read(
+    open_store: Callable[[str], JobStore], tmp_path: Path, problem: StoreError, goes_on: bool
+) -> None:
+    """One that is down for a moment is named as unread; one that refuses us is what the start of the job ends with."""
+    near = open_store("a")
+    assert near.claim(1, None)
+    flush(near, [{"x": pattern(1)}], CheckpointId(1, 10))
+    deaf = _Deaf(tmp_path / "b")
+    deaf.problem = problem
+    tiers = [job_tier(near, "local"), JobTier("s3", deaf, StoreConfig("s3://bucket"))]
+    if goes_on:
+        found = read(tiers, "job")
+        assert found.sources == (Source(CheckpointId(1, 10), "local"),)
+        assert found.unread == {"s3": problem}
+    else:
+        with pytest.raises(RefusedError):
+            read(tiers, "job")
+
+
+def test_what_is_uploaded_comes_back(open_store: Callable[[str], JobStore]) -> None:
+    """After the first tier is lost, a fetch brings a checkpoint back whole, also what an older file holds of it."""
+    near, far = open_store("a"), open_store("b")
+    old, new = CheckpointId(1, 10), CheckpointId(1, 20)
+    assert near.claim(1, None)
+    for number, checkpoint in enumerate((old, new)):
+        flush(near, [{"frozen": pattern(7, 2**20), "x": pattern(number)}], checkpoint)
+    tiers, _ = further(near, far)
+    tiers.upload(new, "b0")
+    assert catalog.verify(far.tier, "job", new) == []
+    other = open_store("c")
+    back, told = further(other, far)
+    back.fetch(new, "b0")
+    assert catalog.verify(other.tier, "job", new) == []
+    assert "file fetched" in {event for event, _ in told}
+
+
+def test_a_generation_of_somebody_else_is_fenced(open_store: Callable[[str], JobStore]) -> None:
+    """Two agents with disks of their own and a bucket in common: who comes second uploads nothing there."""
+    first, second, bucket = open_store("a"), open_store("b"), open_store("c")
+    for store in (first, second):
+        assert store.claim(1, None)
+        flush(store, [{"x": pattern(1)}], CheckpointId(1, 10))
+    ours, _ = further(first, bucket)
+    theirs, _ = further(second, bucket)
+    assert ours.claim_all(1)
+    assert not theirs.claim_all(1)
+    with pytest.raises(FencedError, match="somebody else's"):
+        theirs.upload(CheckpointId(1, 10), "b0")
+    ours.upload(CheckpointId(1, 10), "b0")
+    assert further(first, bucket)[0].claim_all(1), "what an earlier agent of ours has claimed is ours"
+
+
+def test_a_prune_leaves_what_is_on_its_way(open_store: Callable[[str], JobStore]) -> None:
+    """Files that an upload under way needs, new or old, outlive a prune of everything else."""
+    near, far = open_store("a"), open_store("b")
+    old, new = CheckpointId(1, 10), CheckpointId(1, 20)
+    assert near.claim(1, None)
+    for number, checkpoint in enumerate((old, new)):
+        flush(near, [{"frozen": pattern(7, 2**20), "x": pattern(number)}], checkpoint)
+    tiers, _ = further(near, far)
+    tiers.upload(old, "b0")
+    files = catalog.load_manifest(near.tier, "job", new).files
+    later = CheckpointId(1, 30)
+    flush(near, [{"x": pattern(9)}], later)
+    with far.expecting(new, files):
+        tiers.upload(later, "b0")
+        assert far.prune([old], [later]) is None
+        held = {entry.key.removeprefix("job/") for entry in far.tier.list("job/")}
+        assert [file for file in files if file.startswith("g000001/s000000000010/") and file not in held] == []

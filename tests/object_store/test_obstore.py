@@ -1,0 +1,231 @@
+"""The tier over obstore against a real S3 server: the contract, what it does to memory, and how it fails."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from botocore.exceptions import ClientError
+from obstore import Bytes
+
+from ckptd.errors import DamagedError, FencedError, NotFoundError, RefusedError
+from ckptd.storage.addresses import address_of
+from ckptd.storage.stream import Buffers
+from ckptd.storage.tier import Tier
+from ckptd.testing import TierSuite
+from ckptd_plugins.storage_obstore import open_obstore
+from ckptd_plugins.storage_obstore.parts import Parts
+from ckptd_plugins.storage_obstore.tier import CREATE_ONLY_MAX_BYTES, ObstoreTier
+from ckptd_plugins.storage_s3.options import Place
+from tests.object_store import server as s3
+from tests.object_store.obstore_tier import MIB, PART, Drawn, drawn, opened
+
+
+@pytest.fixture
+def place(s3_url: str) -> Place:
+    """An empty place in a bucket."""
+    return Place.of(s3_url)
+
+
+@pytest.fixture
+def tier(place: Place) -> Iterator[ObstoreTier]:
+    """A tier with the smallest parts that S3 takes, so that little data makes many."""
+    tier = opened(place, part_bytes=PART, timeout=20)
+    yield tier
+    tier.close()
+
+
+class TestContract(TierSuite):
+    """What every tier promises."""
+
+    @pytest.fixture
+    def tier(self, place: Place) -> Iterator[Tier]:
+        """A tier in an empty place."""
+        tier = opened(place, part_bytes=PART)
+        yield tier
+        tier.close()
+
+    def reopen(self, tier: Tier) -> Tier | None:
+        """Open the same place again."""
+        return open_obstore(tier.url)
+
+
+def uploads(server: s3.Server, place: Place) -> list[str]:
+    """Return the keys of the open uploads there."""
+    found = server.client().list_multipart_uploads(Bucket=place.bucket, Prefix=place.prefix)
+    return [upload["Key"].removeprefix(place.prefix) for upload in found.get("Uploads", ())]
+
+
+# --- large objects ------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_goes_in_parts_and_comes_back(tier: ObstoreTier) -> None:
+    """A stream of many parts is read once, part by part, and every way to read gives its bytes."""
+    size = 7 * PART + 1234
+    data = Drawn(size)
+    tier.put("job/large", data)
+    assert sorted(data.reads) == [(at, min(PART, size - at)) for at in range(0, size, PART)]
+    assert tier.get("job/large") == drawn(0, size)
+    into = memoryview(bytearray(size - 77))
+    tier.read_into("job/large", 77, into)
+    assert into == drawn(77, size - 77)
+    descriptor = tier.open("job/large")
+    assert os.pread(descriptor, size + 1, 0) == drawn(0, size)
+    os.close(descriptor)
+
+
+def test_parts_are_checked_by_the_server(tier: ObstoreTier, s3_server: s3.Server, place: Place) -> None:
+    """The checksum of every object is kept by the server, which refuses bytes that don't fit it."""
+    for key, size in (("small", 100), ("large", 3 * PART)):
+        tier.put(key, Drawn(size))
+        kept = s3_server.client().head_object(Bucket=place.bucket, Key=f"{place.prefix}{key}", ChecksumMode="ENABLED")
+        assert kept.get("ChecksumCRC64NVME"), f"{key} object has no checksum"
+    client = s3_server.client()
+    upload = client.create_multipart_upload(
+        Bucket=place.bucket, Key=f"{place.prefix}wrong", ChecksumAlgorithm="CRC64NVME"
+    )["UploadId"]
+    with pytest.raises(ClientError, match="BadDigest"):
+        client.upload_part(
+            Bucket=place.bucket,
+            Key=f"{place.prefix}wrong",
+            UploadId=upload,
+            PartNumber=1,
+            Body=b"x",
+            ChecksumCRC64NVME="AAAAAAAAAAA=",
+        )
+
+
+def test_what_a_stream_raises_comes_out_and_nothing_stays(
+    tier: ObstoreTier, s3_server: s3.Server, place: Place
+) -> None:
+    """Damage found while a put reads is raised as it is; there is no object, and no open upload either."""
+    for size, fails_at in ((6 * PART, 4 * PART), (1000, 10)):
+        with pytest.raises(DamagedError, match="weight of rank-0"):
+            tier.put("job/damaged", Drawn(size, fails_at))
+        with pytest.raises(NotFoundError):
+            tier.size_bytes("job/damaged")
+    assert uploads(s3_server, place) == []
+
+
+def test_buffers_are_lent_and_rooms_used_again() -> None:
+    """A part that one buffer holds is sent from where it lies; others share a few rooms, however many they are."""
+    whole = memoryview(bytearray(drawn(0, 8 * MIB)))
+    parts = Parts(Buffers([whole]), MIB, None)
+    first = next(parts)
+    whole[0:4] = b"here"
+    assert bytes(first[:4]) == b"here", "the part is a copy"
+    taken: set[int] = set()
+    read = Parts(Drawn(8 * MIB), MIB, None)
+    for _ in range(8):
+        part = next(read)
+        held = Bytes(part)  # as the engine holds it while it is sent
+        with pytest.raises(BufferError):
+            part.release()
+        taken.add(address_of(part))
+        del held
+    assert len(taken) == 1, "a room was not used again though nobody held it"
+
+
+def test_memory_of_an_upload_is_bounded(place: Place) -> None:
+    """A stream of 400 MiB is sent with little more memory than the parts in flight."""
+    script = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "from tests.object_store.obstore_tier import Drawn, opened, MIB\n"
+        "from pathlib import Path\n"
+        "def peak(): return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) // 1024\n"
+        "tier = opened(sys.argv[1]); tier.put('warm', b'1'); before = peak()\n"
+        "tier.put('large', Drawn(400 * MIB)); print(peak() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, place.url, *sys.path], check=True, capture_output=True, text=True, timeout=120
+    )
+    assert int(done.stdout) < 180, f"an upload took {done.stdout.strip()} MiB"
+
+
+def test_a_read_behind_the_end_in_pieces_is_damage(tier: ObstoreTier) -> None:
+    """An object that ends in the middle of a large range is damaged, and the error says where, whatever else failed."""
+    tier.put("job/short", Drawn(2 * PART + 100))
+    with pytest.raises(DamagedError, match=rf"ends (at byte {2 * PART + 100}|before)"):
+        tier.read_into("job/short", 0, memoryview(bytearray(12 * PART)))
+
+
+def test_the_storage_class_is_sent(place: Place, s3_server: s3.Server) -> None:
+    """Objects of either size are put into the class that was chosen."""
+    tier = opened(place, part_bytes=PART, storage_class="STANDARD_IA")
+    for key, size in (("small", 10), ("large", 2 * PART)):
+        tier.put(key, Drawn(size))
+        found = s3_server.client().head_object(Bucket=place.bucket, Key=f"{place.prefix}{key}")
+        assert found["StorageClass"] == "STANDARD_IA"
+
+
+# --- many objects, many processes ------------------------------------------------------------------------------------
+
+
+def test_lists_more_than_a_page(tier: ObstoreTier) -> None:
+    """A listing of more than 1,000 objects, which is several pages of S3, names each of them once."""
+    wanted = {f"job/many/{number:04}" for number in range(1050)}
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda key: tier.put(key, b"x"), wanted))
+    assert sorted(entry.key for entry in tier.list("job/many/")) == sorted(wanted)
+    assert len(list(tier.list("job/many/00"))) == 100
+
+
+def _create(url: str, number: int, found: multiprocessing.Queue[int]) -> None:
+    try:
+        opened(url).put("job/claimed", b"%d" % number, create_only=True)
+    except FencedError:
+        found.put(-1)
+    else:
+        found.put(number)
+
+
+def test_create_only_has_one_winner_among_processes(tier: ObstoreTier, place: Place) -> None:
+    """Of processes that race for a key one wins, and the object is its own."""
+    context = multiprocessing.get_context("spawn")
+    found: multiprocessing.Queue[int] = context.Queue()
+    racers = [context.Process(target=_create, args=(place.url, number, found)) for number in range(4)]
+    for racer in racers:
+        racer.start()
+    results = [found.get(timeout=60) for _ in racers]
+    for racer in racers:
+        racer.join()
+    (winner,) = [number for number in results if number >= 0]
+    assert tier.get("job/claimed") == b"%d" % winner
+
+
+def test_a_large_create_only_put_is_refused(tier: ObstoreTier) -> None:
+    """What would have to be one huge request is refused with the bound, before anything is read."""
+    data = Drawn(CREATE_ONLY_MAX_BYTES + 1)
+    with pytest.raises(RefusedError, match=r"64\.0 MiB"):
+        tier.put("job/huge", data, create_only=True)
+    assert data.reads == []
+
+
+def test_a_killed_upload_is_swept(tier: ObstoreTier, s3_server: s3.Server, place: Place) -> None:
+    """A put that was killed leaves an open upload, which a sweep of its prefix ends when it is old enough."""
+    script = (
+        "import sys, time; sys.path[:0] = sys.argv[2:]\n"
+        "from tests.object_store.obstore_tier import Drawn, opened, PART\n"
+        "asked = []\n"
+        "def pace(count):\n"
+        "    asked.append(count)\n"
+        "    if len(asked) == 3: print('half', flush=True); time.sleep(60)\n"
+        "opened(sys.argv[1], part_bytes=PART).put('job/killed', Drawn(6 * PART), pace=pace)\n"
+    )
+    victim = subprocess.Popen([sys.executable, "-c", script, place.url, *sys.path], stdout=subprocess.PIPE)
+    assert victim.stdout is not None
+    assert victim.stdout.readline() == b"half\n"
+    victim.kill()
+    victim.communicate()
+    assert uploads(s3_server, place) == ["job/killed"]
+    tier.put("job/kept", b"x")
+    assert tier.sweep("other/", 0) == []
+    assert tier.sweep("job/", 3600) == []
+    assert tier.sweep("job/", -60) == [f"open upload of {place.url}/job/killed"]
+    assert uploads(s3_server, place) == []
+    assert tier.get("job/kept") == b"x"

@@ -22,7 +22,7 @@ from ckptd.daemon.job_store import JobStore
 from ckptd.daemon.offers import Offer, SlotOffer, StoredOffer, close_all, read_only
 from ckptd.daemon.tiers import Report, read
 from ckptd.errors import AgentError, CkptdError, FencedError, invariant
-from ckptd.storage import keys, manifest
+from ckptd.storage import catalog, keys, manifest
 from ckptd.storage.pacing import Pacer
 from ckptd.tiers import JobTier
 from ckptd.types import CheckpointId
@@ -137,7 +137,19 @@ class Checkpoints:
 
     async def prune(self, order: e.Prune) -> CkptdError | None:
         """Remove checkpoints; return what could not be done."""
-        return await asyncio.to_thread(self._stores[order.tier].prune, order.ids, order.kept)
+        return await asyncio.to_thread(self._prune, order)
+
+    def _prune(self, order: e.Prune) -> CkptdError | None:
+        """Prune but for what got a name since the tier was read."""
+        item = next(item for item in self._tiers if item.name == order.tier)
+        try:
+            named = catalog.tags(item.tier, self._job).values() if item.config.keep_tagged else ()
+        except CkptdError as error:
+            return error
+        tagged = frozenset(tag.id for tag in named)
+        return self._stores[order.tier].prune(
+            [checkpoint for checkpoint in order.ids if checkpoint not in tagged], [*order.kept, *tagged]
+        )
 
     async def close(self) -> None:
         """Let go of the tiers."""

@@ -6,6 +6,7 @@ a tier that does not answer must not delay them.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -98,6 +99,13 @@ class FurtherTiers:
         with self._lock:
             if (name, generation) in self._claimed:
                 return
+        for number in sorted(self._first.generations()):
+            if number < generation and (name, number) not in self._claimed:
+                # Of those that were never uploaded from, too: the lineage there would break off at the gap. One that
+                # is somebody else's there was lost to them by an earlier claim.
+                with contextlib.suppress(FencedError):
+                    self._others[name].adopt(number, self._first.record(number))
+                self._claimed.add((name, number))
         self._others[name].adopt(generation, self._first.record(generation))
         with self._lock:
             self._claimed.add((name, generation))

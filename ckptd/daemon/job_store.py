@@ -86,6 +86,10 @@ class JobStore:
         self._own(generation)
         return True
 
+    def generations(self) -> frozenset[int]:
+        """Return the generations that the tier has a record of."""
+        return catalog.listing(self.tier, self._job).generations
+
     def record(self, generation: int) -> bytes:
         """Return what `claim` has put."""
         return self.tier.get(keys.generation_key(self._job, generation))

@@ -18,7 +18,7 @@ from ckptd.config import JobConfig
 from ckptd.coordination.coordinator import Coordinator
 from ckptd.core import events as e
 from ckptd.core.job import JobMachine, JobSpec, Now
-from ckptd.core.job_states import TERMINAL, JobState
+from ckptd.core.job_states import TERMINAL
 from ckptd.core.policy.restart import RestartPolicy
 from ckptd.core.restore import MEMORY, Source
 from ckptd.daemon.arena import Arena, Budget
@@ -63,6 +63,8 @@ class Supervisor:
         self.ranks: dict[int, Rank] = {}
         self._arrived: dict[int, Rank] = {}
         self.processes = processes
+        self.stopping = False
+        """Whether it was told to stop already."""
         self._services = services
         self._log = services.logger.bind(job=config.name)
         self._arena = Arena(config.name, services.budget, config.slots)
@@ -113,6 +115,7 @@ class Supervisor:
 
     def stop(self, grace_s: float, *, checkpoint: bool = True) -> None:
         """Stop the job on purpose: with a last checkpoint within `grace_s`, or at once."""
+        self.stopping = True
         self.feed(e.StopWanted(grace_s, checkpoint))
 
     @property
@@ -125,11 +128,6 @@ class Supervisor:
     def ending(self) -> bool:
         """Whether it is over but for the cleaning up."""
         return self.machine.state in TERMINAL and not self.ended.done()
-
-    @property
-    def stopping(self) -> bool:
-        """Whether it was told to stop already."""
-        return self.machine.state is JobState.STOPPING
 
     async def _tick(self) -> None:
         while not self.ended.done():

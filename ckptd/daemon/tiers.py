@@ -18,12 +18,14 @@ from ckptd.log import Logger
 from ckptd.plugin.manager import PluginManager
 from ckptd.storage import catalog
 from ckptd.storage.tier import Cost, Tier
-from ckptd.storage.wrappers.retry import RetryingTier
+from ckptd.storage.wrappers.retry import RetryingTier, RetryPolicy
 from ckptd.tiers import JobTier, open_stores
 from ckptd.types import CheckpointId, Held
 
 Report = Callable[[str, Mapping[str, Any]], None]
 """Told what happens on a tier: an event and its fields, from any thread."""
+_PATIENCE = RetryPolicy(deadline_s=15.0)
+"""What takes longer is for those who decide: an upload is tried again as a whole, a restore takes another copy."""
 _LEVELS = {
     "copy unusable": "error",
     "fetching": "info",
@@ -115,4 +117,4 @@ def _patient(name: str, tier: Tier, report: Report) -> Tier:
             {"tier": name, "call": what, "attempt": attempt, "in_s": round(delay_s, 2), "error": str(error)},
         )
 
-    return RetryingTier(tier, report=retried)
+    return RetryingTier(tier, _PATIENCE, report=retried)

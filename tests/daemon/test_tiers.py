@@ -164,3 +164,21 @@ def test_a_prune_leaves_what_is_on_its_way(open_store: Callable[[str], JobStore]
         assert far.prune([old], [later]) is None
         held = {entry.key.removeprefix("job/") for entry in far.tier.list("job/")}
         assert [file for file in files if file.startswith("g000001/s000000000010/") and file not in held] == []
+
+
+def test_a_late_claim_leaves_no_gap_in_the_lineage(open_store: Callable[[str], JobStore]) -> None:
+    """A bucket that was down during restarts gets their records with the next upload, and can tell the lineage."""
+    near, far = open_store("a"), open_store("b")
+    first = CheckpointId(1, 10)
+    assert near.claim(1, None)
+    flush(near, [{"x": pattern(1)}], first)
+    tiers, _ = further(near, far)
+    tiers.upload(first, "b0")
+    assert near.claim(2, first)
+    assert near.claim(3, first)
+    last = CheckpointId(3, 20)
+    flush(near, [{"x": pattern(2)}], last, first)
+    tiers.upload(last, "b0")
+    assert catalog.holdings(far.tier, "job").parents == {1: None, 2: first, 3: first}
+    found = read([job_tier(far, "b0")], "job")
+    assert [source.id for source in found.sources] == [last, first]

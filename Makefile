@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint format chaos bench clean venv
+.PHONY: demo demo-s3 test lint format chaos bench clean venv
 
 venv: $(STAMP)
 
@@ -16,6 +16,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: venv
 	$(BIN)/python examples/demo.py
+
+# The same with a bucket: a real S3 server on loopback, a kill, the disk wiped, and a restore from the bucket.
+demo-s3: venv
+	PYTHONPATH=. $(BIN)/python examples/demo_s3.py
 
 test: venv lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not chaos and not cuda'

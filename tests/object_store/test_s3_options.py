@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import pytest
 
 from ckptd.errors import ConfigError
-from ckptd_plugins import storage_s3
+from ckptd_plugins import s3
 from ckptd_plugins.storage_s3.options import Place, S3Options
 
 SECRET = "wJalrXUtnFEMI"
@@ -43,7 +43,7 @@ def test_a_url_is_a_bucket_and_a_prefix(url: str, bucket: str, prefix: str, show
 def test_credentials_in_a_url_are_refused_unseen(url: str) -> None:
     """A URL that holds more than a place is refused, and the error does not repeat it."""
     with pytest.raises(ConfigError) as caught:
-        storage_s3.open_s3(url)
+        s3.open_bucket(url, {})
     assert SECRET not in str(caught.value)
     assert "environment" in str(caught.value.hint)
 
@@ -116,18 +116,38 @@ def test_what_can_not_be_meant_is_refused(given: Mapping[str, object], hint: str
     assert SECRET not in str(caught.value)
 
 
-def test_s3fs_is_loaded_when_a_tier_is_opened() -> None:
-    """An agent that has the plugin and no S3 store does not pay for s3fs."""
+def test_engines_are_loaded_when_a_tier_is_opened() -> None:
+    """An agent that has the plugin and no S3 store pays for neither engine."""
     code = """
 import sys
-import ckptd_plugins.storage_s3
-ckptd_plugins.storage_s3.ckptd_tiers()
-print({"s3fs", "botocore", "asyncio"} & {*sys.modules})
+import ckptd_plugins.s3
+ckptd_plugins.s3.ckptd_tiers()
+print({"s3fs", "obstore", "botocore", "asyncio"} & {*sys.modules})
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_it_is_registered_for_its_scheme() -> None:
     """The factory answers for s3:// and nothing else."""
-    (factory,) = storage_s3.ckptd_tiers()
+    (factory,) = s3.ckptd_tiers()
     assert (factory.name, factory.schemes) == ("s3", ("s3",))
+
+
+@pytest.mark.parametrize(("engine", "kind"), [(None, "ObstoreTier"), ("obstore", "ObstoreTier"), ("s3fs", "S3Tier")])
+def test_a_job_may_choose_the_engine(engine: str | None, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either engine is opened by its name, obstore without one; both are the tier "s3" of the same place."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    options = {"endpoint": "http://127.0.0.1:1", "region": "us-east-1"}
+    tier = s3.open_bucket("s3://bucket/runs", options if engine is None else {**options, "engine": engine})
+    try:
+        assert (type(tier).__name__, tier.name, tier.url) == (kind, "s3", "s3://bucket/runs")
+    finally:
+        tier.close()
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    """The hint lists the engines that there are."""
+    with pytest.raises(ConfigError, match="no engine 'boto'") as caught:
+        s3.open_bucket("s3://bucket/runs", {"engine": "boto"})
+    assert caught.value.hint == "engines: obstore, s3fs"

@@ -86,7 +86,7 @@ def read(tiers: Sequence[JobTier], job: str) -> StoreRead:
     for number, item in enumerate(tiers):
         try:
             holdings = catalog.holdings(item.tier, job)
-            facts = catalog.held(item.tier, job, with_values=bool(item.config.keep_best))
+            facts = catalog.held(item.tier, job, with_values=bool(item.config.keep_best or item.config.keep_every_s))
         except CkptdError as error:
             if number == 0 or not error.retryable:
                 raise

@@ -89,8 +89,8 @@ def start(parent: Path | None = None) -> Server:
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     ports = _free_ports(6)
     command = [
-        str(Path(sys.executable).parent / "weed"), "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1", f"-master.port={ports[0]}", f"-volume.port={ports[1]}", "-filer",
+        str(Path(sys.executable).parent / "weed"), "-logtostderr=true", "server", f"-dir={folder / 'data'}",
+        "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={ports[0]}", f"-volume.port={ports[1]}", "-filer",
         f"-filer.port={ports[2]}", "-s3", f"-s3.port={ports[3]}", f"-s3.config={folder / 's3.json'}",
         "-master.telemetry=false", "-master.volumeSizeLimitMB=256", "-volume.max=0",
         f"-s3.port.iceberg={ports[4]}", f"-s3.port.lance={ports[5]}", f"-s3.localSocket={folder / 's3.sock'}",

@@ -59,7 +59,7 @@ class FurtherTiers:
             except FencedError:
                 return False
             except CkptdError as error:
-                self._report("tier is late", {"tier": name, "generation": generation, "error": str(error)})
+                self._report("claim postponed", {"tier": name, "generation": generation, "error": str(error)})
         return True
 
     def upload(self, checkpoint: CheckpointId, name: str) -> Uploaded:

@@ -27,12 +27,12 @@ Report = Callable[[str, Mapping[str, Any]], None]
 _PATIENCE = RetryPolicy(deadline_s=15.0)
 """What takes longer is for those who decide: an upload is tried again as a whole, a restore takes another copy."""
 _LEVELS = {
+    "claim postponed": "warning",
     "copy unusable": "error",
     "fetching": "info",
     "file fetched": "info",
     "file wanted": "info",
     "manifest damaged": "error",
-    "tier is late": "warning",
     "tier retries": "warning",
 }
 

@@ -177,6 +177,7 @@ def measure_load(loop: Loop, *, cold: bool) -> dict[str, float]:
 
 def measure_watch(loop: Loop) -> dict[str, float]:
     """Train with nothing due: CPU and memory of the agent meanwhile."""
+    dist.barrier()  # while the agent clears slots for a rank that comes later, it is not idle
     begin, begin_s = _cpu(loop.contender)[1], time.monotonic()
     with probes.Watch(loop.contender.helpers) as watch:
         loop.quiet("waiting", IDLE_WATCH_S)

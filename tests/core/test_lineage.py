@@ -50,6 +50,15 @@ def test_a_line_goes_back_over_several_generations():
     ) == ["g4/s50", "g2/s30", "g1/s20", "g1/s10"]  # fmt: skip
 
 
+def test_a_step_back_whose_target_has_not_arrived_yet_leads_to_what_is_there():
+    """Proves that a bucket which has the claim of a generation, but nothing of its lineage yet, is still good for one.
+
+    That is so between a step back and the first upload after it: what it left behind beats a fresh start.
+    """
+    assert line({1: None, 2: "g1/s39"}, "g1/s40", "g1/s42") == ["g1/s42", "g1/s40"]
+    assert line({1: None, 2: "g1/s39"}, "g1/s40", "g1/s42", "g2/s41") == ["g2/s41"]
+
+
 def test_a_fresh_start_has_no_ancestors():
     """Proves that a generation that began from nothing hides what was there before it."""
     assert line({1: None, 2: None}, "g1/s10", "g2/s5") == ["g2/s5"]
@@ -92,7 +101,18 @@ def test_the_line_is_what_really_happened(history, rng):
     """Proves that the candidates are exactly the committed ancestors, newest first, whatever order a tier lists."""
     parents, committed, ancestors = history
     rng.shuffle(committed)
-    assert candidates(parents, committed) == ancestors[::-1]
+    if ancestors:
+        assert candidates(parents, committed) == ancestors[::-1]
+
+
+@given(histories())
+def test_a_line_of_which_nothing_is_left_gives_way_to_the_one_before(history):
+    """Proves that a fresh start is made only where nothing at all is committed, and that older lines come in turn."""
+    parents, committed, ancestors = history
+    assert bool(candidates(parents, committed)) == bool(committed)
+    if not ancestors:
+        older = {number: parent for number, parent in parents.items() if number != max(parents)}
+        assert candidates(parents, committed) == candidates(older, committed)
 
 
 @given(histories())

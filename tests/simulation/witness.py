@@ -190,6 +190,8 @@ class Witness:
         """Look what the machine made of an event."""
         if isinstance(event, e.Committed) and event.tier == TIER:
             self.commit_unknown = False
+        if self._given_up in self.memory and not isinstance(event, e.RestartWanted):
+            self._give_up(self._given_up)
         self._given_up = None
         for process in agent.ranks.values():
             knows = process.page is None or process.page.whole == self.whole
@@ -230,8 +232,6 @@ class Witness:
                 best = self.usable(self.memory, MEMORY)[-1:]
                 if best and agent.arena.slots[effect.rank].get(effect.slot) in self.memory[best[0]]:
                     self._given_up = best[0]
-            case e.Announce() if effect.step is not None and self._given_up is not None:
-                self._give_up(self._given_up)
             case e.Spawn():
                 restarts = self._starts_in_life - 1
                 self.require(effect.generation == self.started, f"spawns generation {effect.generation}")
@@ -308,8 +308,8 @@ class Witness:
         """Check that a checkpoint may be removed from a tier: something newer of the lineage is committed there."""
         at = self.chain.index(checkpoint) if checkpoint in self.chain else -1
         left = self.bucket.staying if tier == BUCKET else [item for item in self.intact if item not in self.leaving]
-        newer = [item for item in left if self.chain.index(item) > at]
-        self.require(bool(newer), f"{checkpoint} is removed from {tier} and nothing newer is committed")
+        newer = any(self.chain.index(item) > at for item in left) or (tier == BUCKET and self.bucket.outdated(checkpoint))
+        self.require(newer, f"{checkpoint} is removed from {tier} and nothing newer is committed")
 
     def generation_claimed(self, number: int, parent: CheckpointId | None) -> None:
         """Note a generation record: from now on the lineage goes through its parent."""

@@ -69,10 +69,16 @@ class BucketWitness:
     @property
     def lineage(self) -> list[CheckpointId]:
         """What somebody finds there who knows nothing else."""
-        bucket = self._node.bucket
-        newest = max(bucket.parents, default=0)
-        own = sorted(item for item in bucket.manifests if item.generation == newest)
-        return [item for item in [*self.lines.get(newest, ()), *own] if item in bucket.manifests]
+        there = self._node.bucket.manifests
+        for number in sorted(self._node.bucket.parents, reverse=True):
+            line = [*self.lines.get(number, ()), *sorted(item for item in there if item.generation == number)]
+            if found := [item for item in line if item in there]:
+                return found
+        return []
+
+    def outdated(self, checkpoint: CheckpointId) -> bool:
+        """Whether who finds the bucket alone would begin with something newer, though a step back has left both."""
+        return checkpoint not in self._witness.chain and any(item > checkpoint for item in self.lineage)
 
     # --- inputs and effects of the machine --------------------------------------------------------------------
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo demo-s3 test lint format chaos bench clean venv
+.PHONY: demo demo-s3 test lint format chaos faults bench powercut crashmatrix clean venv
 
 venv: $(STAMP)
 
@@ -22,7 +22,7 @@ demo-s3: venv
 	PYTHONPATH=. $(BIN)/python examples/demo_s3.py
 
 test: venv lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not chaos and not cuda'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not chaos and not faults and not cuda'
 
 lint: venv
 	$(BIN)/ruff check
@@ -32,6 +32,19 @@ lint: venv
 # Real kills at random moments, longer than `make test` should take.
 chaos: venv
 	$(BIN)/python -m pytest -m chaos tests/chaos
+
+# An object store that fails in every way: a proxy with faults before a real server, with stalls as long as real ones.
+faults: venv
+	$(BIN)/python -m pytest -m faults tests/object_store tests/end_to_end
+
+# What is committed survives power cuts of a QEMU guest: make powercut ARGS="--kills 3"; see tests/powercut/README.md.
+powercut: venv
+	$(BIN)/python -m tests.powercut $(ARGS)
+
+# The agent killed at every call to the file system and the object store, and every fault of a disk; see tests/crash.
+crashmatrix: venv
+	$(BIN)/python -m pytest -m chaos tests/crash
+	$(BIN)/python -m tests.crash $(ARGS)
 
 # Figures beside what a user would pick instead: make bench ARGS="--quick"; see tests/bench/README.md.
 bench: venv

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from ckptd.errors import ConfigError
+from ckptd.places import absolute_store
 from ckptd.protocol import endpoint
 from ckptd.storage.keys import check_job
-from ckptd.store_config import DEFAULT_KEEP_LAST, StoreConfig, absolute_stores, read_stores
+from ckptd.store_config import DEFAULT_KEEP_LAST, StoreConfig, absolute_stores, read_stores, split_place
 from ckptd.units import parse_duration, parse_size
 
 DEFAULT_PRELOAD = ("torch",)
 MAX_NPROC = 1024
 OVERLAPS = ("auto", "on", "off")
 _EXAMPLE = 'a job looks like: command = ["train.py", "--steps", "10"], store = "runs", nproc = 2, every = "30s"'
+_ORIGIN_EXAMPLE = "write PLACE/JOB, like s3://bucket/runs/gpt or ./runs/gpt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,29 @@ class AgentConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Whose checkpoint a job begins with that has none of its own: a job, which may be anybody's, in its place."""
+
+    place: str
+    job: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """For the plugin that opens the place."""
+
+    def __post_init__(self) -> None:
+        """Refuse what names no job."""
+        check_job(self.job)
+
+    @property
+    def url(self) -> str:
+        """Place and job in one, as `ckptctl ls` takes them."""
+        return f"{self.place.rstrip('/')}/{self.job}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that crosses the socket and stands in the journal."""
+        return {"url": self.url, "options": dict(self.options)}
+
+
+@dataclass(frozen=True, slots=True)
 class JobConfig:
     """Everything that says how a job runs. `command` is empty for a job whose ranks somebody else starts."""
 
@@ -72,6 +97,10 @@ class JobConfig:
     """What flushes may write in a second, 0: as much as the disk takes."""
     overlap: str = "auto"
     """Whether captures are copied beside the next step: "on", "off", or "auto" for what costs the job less."""
+    resume_from: Origin | None = None
+    """What it begins with when its own stores hold no checkpoint of it."""
+    resume_step: int | None = None
+    """Which step of that; None for the newest."""
 
     def __post_init__(self) -> None:
         """Refuse what can't run, before anything is started."""
@@ -87,6 +116,13 @@ class JobConfig:
         )
         _require(self.overlap in OVERLAPS, f"overlap is {self.overlap!r}", f"use {', '.join(OVERLAPS[:-1])} or off")
         _require(bool(self.stores), "no store is named", "say where checkpoints go, like --store ./runs")
+        step = self.resume_step
+        _require(step is None or step >= 1, f"resume_step is {step}", "steps are counted from 1, as `ckptctl ls` says")
+        _require(
+            step is None or self.resume_from is not None,
+            f"resume_step is {step}, and no job to resume from is named",
+            f"add resume_from: {_ORIGIN_EXAMPLE}",
+        )
 
     @property
     def supervised(self) -> bool:
@@ -98,7 +134,9 @@ class JobConfig:
         data = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         data["store"] = [store.to_json() for store in data.pop("stores")]
         data["env"] = dict(self.env)
-        return data
+        if self.resume_from is not None:
+            data["resume_from"] = self.resume_from.to_json()
+        return {key: value for key, value in data.items() if value is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> JobConfig:
@@ -111,6 +149,8 @@ class JobConfig:
             _require(key in data, f"the job's settings lack {key!r}", _EXAMPLE)
         values: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in data.items()}
         values["stores"] = read_stores(values.pop("store"), values.pop("keep_last", DEFAULT_KEEP_LAST))
+        if "resume_from" in values:
+            values["resume_from"] = read_origin(values["resume_from"])
         return cls(**values)
 
 
@@ -136,8 +176,31 @@ def load_job_file(path: Path) -> JobConfig:
     _require(
         bool(data.get("command")), f"{path} names no command", 'write it like command = ["train.py", "--steps", "10"]'
     )
-    config = JobConfig.from_json(data)
-    return dataclasses.replace(config, stores=absolute_stores(config.stores, folder))
+    return absolute_job(JobConfig.from_json(data), folder)
+
+
+def read_origin(value: object) -> Origin:
+    """Return the job to resume from that a flag, JSON or TOML names: "PLACE/JOB", or a table with that as its url.
+
+    Raises `ConfigError` that says what does not fit.
+    """
+    try:
+        (store,) = read_stores(value, DEFAULT_KEEP_LAST)
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{value!r} names no job to resume from", hint=_ORIGIN_EXAMPLE) from error
+    for item in dataclasses.fields(store):
+        is_known = item.name in ("url", "options") or getattr(store, item.name) == item.default
+        _require(is_known, f"resume_from has no setting {item.name}", f"it is only read: {_ORIGIN_EXAMPLE}")
+    place, job = split_place(store.url)
+    return Origin(place, job, store.options)
+
+
+def absolute_job(config: JobConfig, folder: Path) -> JobConfig:
+    """Return the same job with its places as they are seen from everywhere; paths in it are seen from `folder`."""
+    origin = config.resume_from
+    if origin is not None:
+        origin = dataclasses.replace(origin, place=absolute_store(origin.place, folder))
+    return dataclasses.replace(config, stores=absolute_stores(config.stores, folder), resume_from=origin)
 
 
 def parse_rate(text: str, what: str) -> int:
@@ -156,6 +219,10 @@ def _is_text(value: object) -> bool:
 
 def _is_store(value: object) -> bool:
     return isinstance(value, (str, list, tuple, dict))
+
+
+def _is_origin(value: object) -> bool:
+    return isinstance(value, (str, dict))
 
 
 def _is_whole(value: object) -> bool:
@@ -194,5 +261,7 @@ _SHAPES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "reuse_unchanged": ("true or false", _is_switch),
     "flush_max_bytes_per_s": ("a whole number", _is_whole),
     "overlap": ("text", _is_text),
+    "resume_from": ("PLACE/JOB, or a table with that as its url", _is_origin),
+    "resume_step": ("a whole number", _is_whole),
 }
 """What each setting of a job looks like in JSON and TOML."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckptd.core.policy.retention import Best, RetentionPolicy
+from ckptd.places import absolute_store
 from ckptd.plugin.manager import PluginManager
 from ckptd.storage.tier import Tier
 from ckptd.store_config import StoreConfig
@@ -20,6 +22,18 @@ class JobTier:
     config: StoreConfig
 
 
+def retention_of(config: StoreConfig) -> RetentionPolicy:
+    """Return the rules by which checkpoints stay on a tier."""
+    return RetentionPolicy(
+        keep_last=config.keep_last,
+        keep_every_s=config.keep_every_s,
+        keep_every_steps=config.keep_every_steps,
+        keep_best=None if config.best is None else Best(*config.best),
+        keep_tagged=config.keep_tagged,
+        max_bytes=config.max_bytes,
+    )
+
+
 def open_stores(stores: Sequence[StoreConfig], plugins: PluginManager, home: Path) -> list[JobTier]:
     """Open all tiers of a job, fastest first; the first one is of this node.
 
@@ -28,7 +42,7 @@ def open_stores(stores: Sequence[StoreConfig], plugins: PluginManager, home: Pat
     """
     opened = [plugins.open_tier(store.url, store.options) for store in stores]
     if not opened[0].capabilities.lends_files:
-        here = StoreConfig(str(home / "tiers"), keep_last=stores[0].keep_last)
+        here = StoreConfig(absolute_store("tiers", home), keep_last=stores[0].keep_last)
         stores = [here, *stores]
         opened.insert(0, plugins.open_tier(here.url))
     tiers: list[JobTier] = []

@@ -58,6 +58,28 @@ class Held:
     tags: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file in the folder of a checkpoint on a tier, committed or not, as a listing shows it."""
+
+    name: str
+    """Seen from the job's folder."""
+    checkpoint: CheckpointId
+    """In whose folder it lies."""
+    size_bytes: int
+    modified_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """What a checkpoint that was removed has left on a tier for as long as that can be undone."""
+
+    checkpoint: CheckpointId
+    deleted_at: float
+    """Whole seconds of the wall clock of whoever removed it."""
+    size_bytes: int
+
+
 class Piece(NamedTuple):
     """Which part of which tensor an entry of a shard is, when the tensor belongs to the job and not to one rank.
 

@@ -13,12 +13,13 @@ from ckptd.config import AgentConfig, JobConfig
 from ckptd.core import lineage
 from ckptd.errors import AgentError, ConfigError, NotFoundError
 from ckptd.journal import JobEntry, Journal
+from ckptd.places import absolute_store
 from ckptd.plugin.manager import PluginManager
 from ckptd.protocol.channel import Channel, expect, open_channel
 from ckptd.protocol.messages import Done, Message
 from ckptd.storage import catalog
 from ckptd.storage.tier import Tier
-from ckptd.store_config import StoreConfig, absolute_store
+from ckptd.store_config import StoreConfig, split_place
 from ckptd.tiers import JobTier, open_stores
 from ckptd.types import CheckpointId
 
@@ -33,31 +34,41 @@ class JobPlace:
     job: str
     tier: Tier
     name: str
+    config: StoreConfig | None = None
+    """The job's own settings there, None where just a place was named."""
 
 
 def find_job(name: str, store: str | None, tier: str | None = None) -> list[JobPlace]:
     """Return where a job's checkpoints are: in `store` when given, else on every tier that the journal says it used.
 
-    A name with "://" in it is a place and a job in one: ``s3://bucket/runs/gpt``. With `tier`, only that of the
+    A name with a slash in it is a place and a job in one: ``s3://bucket/runs/gpt``. With `tier`, only that of the
     places is returned.
     """
-    if "://" in name and store is None:
-        store, _, name = name.rstrip("/").rpartition("/")
+    if "/" in name and store is None:
+        store, name = split_place(name)
     if store is None:
         chosen = JobConfig.from_json(known_job(name).config).stores
     else:
         chosen = (StoreConfig(absolute_store(store, Path.cwd())),)
-    config = AgentConfig.from_environ(os.environ)
-    manager = PluginManager(lambda *_: None, config.blocked_plugins)
+    manager = open_plugins()
     if store is None:
-        opened = open_stores(chosen, manager, config.home)
+        opened = open_stores(chosen, manager, AgentConfig.from_environ(os.environ).home)
     else:  # just there, though it may be behind a network
         alone = manager.open_tier(chosen[0].url)
         opened = [JobTier(alone.name, alone, chosen[0])]
-    places = [JobPlace(name, item.tier, item.name) for item in opened if tier in (None, item.name)]
+    places = [
+        JobPlace(name, item.tier, item.name, item.config if store is None else None)
+        for item in opened
+        if tier in (None, item.name)
+    ]
     if not places:
         raise NotFoundError(f"job {name} has no tier {tier}", hint=f"its tiers: {', '.join(i.name for i in opened)}")
     return places
+
+
+def open_plugins() -> PluginManager:
+    """Load the plugins; one that can't be is missing then, as if it were not installed."""
+    return PluginManager(lambda *_: None, AgentConfig.from_environ(os.environ).blocked_plugins)
 
 
 def known_job(name: str) -> JobEntry:

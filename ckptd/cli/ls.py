@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from ckptd.cli.common import checkpoints, find_job, when
+from ckptd.cli.common import Copy, JobPlace, checkpoints, find_job, when
 from ckptd.cli.render import show_json, show_table
 from ckptd.errors import DamagedError, NotFoundError
-from ckptd.storage.catalog import load_manifest
+from ckptd.storage.catalog import in_parallel, listing, load_manifest
+from ckptd.types import CheckpointRecord
 from ckptd.units import show_size
 
 
 def register(verbs: Any) -> None:
     """Add the verb."""
     parser = verbs.add_parser("ls", help="list a job's checkpoints")
-    parser.add_argument("job", metavar="JOB", help="its name, or where it is, like s3://bucket/runs/gpt")
+    parser.add_argument("job", metavar="JOB", help="its name, or where it is: s3://bucket/runs/gpt, ./runs/gpt")
     parser.add_argument("--store", metavar="PLACE", help="look here instead of where the job ran")
     parser.add_argument("--tier", metavar="NAME", help="look on this tier only")
+    parser.add_argument("--deleted", action="store_true", help="list what `ckptctl prune --undo` can bring back")
     parser.add_argument(
         "--json",
         action="store_true",
@@ -31,14 +34,12 @@ def register(verbs: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """List the checkpoints, newest first; exit code 5 when a manifest can't be read."""
     places = find_job(options.job, options.store, options.tier)
-    records, damaged = [], []
-    for place, checkpoint in checkpoints(places):
-        try:
-            records.append(load_manifest(place.tier, place.job, checkpoint).record(place.name))
-        except DamagedError as error:
-            damaged.append(error)
-        except NotFoundError:
-            continue  # pruned while we looked
+    if options.deleted:
+        _show_deleted(places, json=options.json)
+        return 0
+    found = in_parallel(_look, checkpoints(places))
+    records = [item for item in found if isinstance(item, CheckpointRecord)]
+    damaged = [item for item in found if isinstance(item, DamagedError)]
     if options.json:
         show_json([record.to_json() for record in records])
     else:
@@ -58,3 +59,31 @@ def run(options: argparse.Namespace) -> int:
     for problem in damaged:
         print(f"ckptctl: damaged: {problem.message}", file=sys.stderr)
     return DamagedError.exit_code if damaged else 0
+
+
+def _show_deleted(places: Sequence[JobPlace], *, json: bool) -> None:
+    """List the removals that can be undone, the newest checkpoint first."""
+    found: list[dict[str, Any]] = []
+    for place in places:
+        listed = listing(place.tier, place.job)
+        markers = sorted(listed.markers, key=lambda item: item.deleted_at)
+        newest = {item.checkpoint: item.deleted_at for item in markers if item.checkpoint not in listed.committed}
+        found += [{**item._asdict(), "tier": place.name, "deleted_at": at} for item, at in newest.items()]
+    found.sort(key=lambda item: (item["generation"], item["step"]), reverse=True)
+    if json:
+        show_json(found)
+        return
+    rows = [(item["step"], item["generation"], item["tier"], when(item["deleted_at"])) for item in found]
+    show_table(
+        "STEP> GENERATION> TIER DELETED", rows, f"nothing that was removed from job {places[0].job} can be undone"
+    )
+
+
+def _look(copy: Copy) -> CheckpointRecord | DamagedError | None:
+    place, checkpoint = copy
+    try:
+        return load_manifest(place.tier, place.job, checkpoint).record(place.name)
+    except DamagedError as error:
+        return error
+    except NotFoundError:
+        return None  # pruned while we looked

@@ -8,11 +8,26 @@ import sys
 from collections.abc import Sequence
 from types import TracebackType
 
-from ckptd.cli import checkpoint, export, incidents, ls, restart, run, show, status, stop, submit, tag, verify
+from ckptd.cli import (
+    checkpoint,
+    export,
+    import_,
+    incidents,
+    ls,
+    prune,
+    restart,
+    run,
+    show,
+    status,
+    stop,
+    submit,
+    tag,
+    verify,
+)
 from ckptd.errors import CkptdError
 from ckptd.version import __version__
 
-_VERBS = (run, submit, status, ls, show, verify, export, tag, incidents, checkpoint, restart, stop)
+_VERBS = (run, submit, status, ls, show, verify, export, import_, tag, prune, incidents, checkpoint, restart, stop)
 _INTERRUPTED = 130
 _EPILOG = """\
 Exit codes: 0 done, 1 other error, 2 unusable arguments, 3 no such job or checkpoint, 4 store, 5 damaged data,

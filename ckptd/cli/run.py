@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ckptd.config import DEFAULT_PRELOAD, OVERLAPS, AgentConfig, JobConfig, parse_rate
+from ckptd.config import DEFAULT_PRELOAD, OVERLAPS, AgentConfig, JobConfig, absolute_job, parse_rate, read_origin
 from ckptd.core import events as e
 from ckptd.daemon.agent import Agent
 from ckptd.daemon.supervisor import Supervisor
 from ckptd.errors import ConfigError
 from ckptd.log import set_up
-from ckptd.store_config import absolute_stores, read_stores
+from ckptd.store_config import read_stores
 from ckptd.units import parse_duration
 
 STOPPED = 75
@@ -41,8 +41,16 @@ def register(verbs: Any) -> None:
         "--store",
         action="append",
         metavar="PLACE",
-        help="where checkpoints go: a path or a URL; several times, fastest first (default ./runs)",
+        help="where checkpoints go: a path, several disks as PATH,PATH, or a URL; several times, fastest first "
+        "(default ./runs)",
     )
+    parser.add_argument(
+        "--resume-from",
+        metavar="PLACE/JOB",
+        help="begin with the newest checkpoint of that job, like s3://bucket/runs/gpt, when there is none in --store; "
+        "it is only read",
+    )
+    parser.add_argument("--resume-step", type=int, metavar="STEP", help="begin with that step of it")
     parser.add_argument("--name", metavar="NAME", help="the job's name (default: the script's)")
     parser.add_argument("--keep-last", type=int, default=3, metavar="N", help="checkpoints to keep (default 3)")
     parser.add_argument("--max-restarts", type=int, default=100, metavar="N", help="restarts to allow (default 100)")
@@ -103,10 +111,10 @@ def _job_config(options: argparse.Namespace) -> JobConfig:
     if not command:
         raise ConfigError("no command is given", hint="put it behind --, like: ckptctl run --nproc 2 -- train.py")
     preload = () if options.no_preload else tuple(name for name in options.preload.split(",") if name)
-    return JobConfig(
+    config = JobConfig(
         name=options.name or job_name(command),
         command=command,
-        stores=absolute_stores(read_stores(options.store or ["./runs"], options.keep_last), Path.cwd()),
+        stores=read_stores(options.store or ["./runs"], options.keep_last),
         nproc=options.nproc,
         every_s=parse_duration(options.every, "--every"),
         max_restarts=options.max_restarts,
@@ -117,7 +125,10 @@ def _job_config(options: argparse.Namespace) -> JobConfig:
         reuse_unchanged=not options.plain_files,
         flush_max_bytes_per_s=parse_rate(options.flush_max, "--flush-max"),
         overlap=options.overlap,
+        resume_from=None if options.resume_from is None else read_origin(options.resume_from),
+        resume_step=options.resume_step,
     )
+    return absolute_job(config, Path.cwd())
 
 
 def job_name(command: tuple[str, ...]) -> str:

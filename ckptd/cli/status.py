@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ckptd.cli.common import ask, known_job, open_journal
+from ckptd.cli.common import ask, known_job, open_journal, when
 from ckptd.cli.render import show_fields, show_json, show_table
 from ckptd.errors import AgentError, NotFoundError
 from ckptd.journal import JobEntry
@@ -22,7 +22,7 @@ def register(verbs: Any) -> None:
         "--json",
         action="store_true",
         help="{job, state, generation, step, ranks: [{rank, pid, state, step}], last_committed: {step, tier}, "
-        "restarts}; a list of these without JOB",
+        "restarts, scrub: {last_at, checked, mended, damaged: [{generation, step, tier}]}}; a list of them without JOB",
     )
     parser.set_defaults(verb=run)
 
@@ -69,6 +69,7 @@ def _show_one(status: dict[str, Any]) -> None:
             ("generation", f"{status['generation']} ({status['restarts']} restarts in this run)"),
             ("step", status["step"]),
             ("committed", _committed(status)),
+            ("scrub", _scrub(status["scrub"])),
         ]
     )
     if status["state"] == "interrupted":
@@ -82,6 +83,15 @@ def _show_one(status: dict[str, Any]) -> None:
 def _committed(status: dict[str, Any]) -> str:
     last = status["last_committed"]
     return "-" if last is None else f"step {last['step']} on {last['tier']}"
+
+
+def _scrub(scrub: dict[str, Any]) -> str:
+    """Say what reading stored copies again has found in this run."""
+    if scrub["last_at"] is None:
+        return "no copy has been read again yet"
+    damaged = ", ".join(f"step {item['step']} on {item['tier']}" for item in scrub["damaged"]) or "none"
+    mended = f", {scrub['mended']} mended" if scrub["mended"] else ""
+    return f"{scrub['checked']} copies read{mended}, damaged now: {damaged}; the last at {when(scrub['last_at'])}"
 
 
 def _dash(value: object) -> object:

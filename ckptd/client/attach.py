@@ -29,6 +29,8 @@ def attach(
     rng: bool = True,
     overlap: str | None = None,
     replicated: Sequence[str] | None = None,
+    resume_from: str | None = None,
+    resume_step: int | None = None,
     **state: Any,
 ) -> Run:
     """Attach this rank's training state to its job, and restore it when there is something to restore.
@@ -36,7 +38,9 @@ def attach(
     `state` are the objects to checkpoint, under names of your choice: anything with `state_dict` and
     `load_state_dict`, tensors, and nested containers of tensors and plain values. `rng` adds the random number
     generators of Python, NumPy and torch. `job`, `store` and `every` ("30s") matter only where no supervisor has set
-    them; they default to the script's name, `$CKPTD_STORE` or a folder below `$CKPTD_HOME`, and 30 s.
+    them; they default to the script's name, `$CKPTD_STORE` or a folder below `$CKPTD_HOME`, and 30 s. So do
+    `resume_from` ("s3://bucket/runs/gpt", a place and a job; `$CKPTD_RESUME_FROM`) and `resume_step`: with which
+    job's checkpoint to begin when the store holds none of this one; the newest, unless a step is named.
 
     `overlap` says whether parameters and optimizer state are copied beside the next forward and backward: "on", "off"
     for a copy between two steps, or "auto" (the default, or `$CKPTD_OVERLAP`), which takes what costs this job less.
@@ -46,10 +50,11 @@ def attach(
 
     Returns a `Run`, to be used as a context manager. Raises `ConfigError` for arguments that can't be used,
     `StateError` for state that can't be captured or does not fit what is restored, `DamagedError` when checkpoints
-    exist and none can be read, and `MemoryBudgetError` when the slots don't fit: all before the first step. An agent
-    that can't be reached costs protection, not the training, unless `strict`.
+    exist and none can be read, `NotFoundError` when there is none to resume from, and `MemoryBudgetError` when the
+    slots don't fit: all before the first step. An agent that can't be reached costs protection, not the training,
+    unless `strict`.
     """
-    options = Options(job, store, every, strict, rng, overlap, replicated)
+    options = Options(job, store, every, strict, rng, overlap, replicated, resume_from, resume_step)
     return begin(options).attach(**state)
 
 
@@ -63,6 +68,8 @@ class Options(NamedTuple):
     rng: bool
     overlap: str | None
     replicated: Sequence[str] | None
+    resume_from: str | None
+    resume_step: int | None
 
 
 def begin(options: Options) -> Run:
@@ -163,7 +170,7 @@ def _join(
     binding = load_framework(target).bind(state, rng=options.rng, membership=membership)
     run._binding = binding  # noqa: SLF001 - the same package, which ends it with the run
     binding.prepare(0)  # what can't be captured is refused now, not an interval into the training
-    wanted = {} if place.generation else _wishes(options.store, options.every)
+    wanted = {} if place.generation else _wishes(options)
     session.join(m.Join(place.job, place.rank, place.world_size, place.generation, wanted))
     run._begin(session, binding, (place.job, place.rank))  # noqa: SLF001 - the same package
 
@@ -192,16 +199,23 @@ def load_framework(target: str) -> Framework:
     return framework
 
 
-def _wishes(store: str | None, every: str | float | None) -> dict[str, Any]:
-    from ckptd.units import parse_duration  # noqa: PLC0415 - only a rank without supervisor needs it
+def _wishes(options: Options) -> dict[str, Any]:
+    from ckptd.places import absolute_store  # noqa: PLC0415 - only a rank without supervisor needs them
+    from ckptd.units import parse_duration  # noqa: PLC0415 - the same
 
-    environ = os.environ
-    place = store or environ.get("CKPTD_STORE") or os.path.join(endpoint.home(environ), "store")
-    interval = every if every is not None else environ.get("CKPTD_EVERY", "30s")
-    return {
-        "store": place if "://" in place else os.path.abspath(place),
+    environ, here = os.environ, os.path.abspath(os.curdir)
+    named = options.store or environ.get("CKPTD_STORE")
+    interval = options.every if options.every is not None else environ.get("CKPTD_EVERY", "30s")
+    wishes: dict[str, Any] = {
+        "store": absolute_store(named, here) if named else absolute_store("store", endpoint.home(environ)),
         "every_s": float(interval) if isinstance(interval, (int, float)) else parse_duration(interval, "every"),
     }
+    origin = options.resume_from or environ.get("CKPTD_RESUME_FROM")
+    if origin:
+        wishes["resume_from"] = absolute_store(origin, here)
+    if options.resume_step is not None:
+        wishes["resume_step"] = options.resume_step
+    return wishes
 
 
 def _script_name() -> str:

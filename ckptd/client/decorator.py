@@ -23,6 +23,8 @@ def resumable(
     rng: bool = True,
     overlap: str | None = None,
     replicated: Sequence[str] | None = None,
+    resume_from: str | None = None,
+    resume_step: int | None = None,
 ) -> Callable[[_Training[Parameters, Result]], Callable[Parameters, Result]]:
     """Decorate a training function, which gets a `Run` as its first argument and is called without it.
 
@@ -34,7 +36,8 @@ def resumable(
         @functools.wraps(train)
         def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
             name = job or train.__name__.replace("__", "-").strip("_-") or "train"
-            with begin(Options(name, store, every, strict, rng, overlap, replicated)) as run:
+            options = Options(name, store, every, strict, rng, overlap, replicated, resume_from, resume_step)
+            with begin(options) as run:
                 return train(run, *args, **kwargs)
 
         return wrapper

@@ -84,7 +84,10 @@ class EmbeddedCoordinator:
         except BlockingIOError:
             other = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             os.close(descriptor)
-            raise FencedError(f"{name} is held by {other or 'another agent'}") from None
+            raise FencedError(
+                f"{name} is held by {other or 'another agent'}",
+                hint="one agent of this user runs a job: stop that one, or give this job another name",
+            ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, holder.encode(), 0)
         return FileLease(descriptor)

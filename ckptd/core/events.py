@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ckptd.core.prune_events import Collect, MakeRoom, Prune, Pruned, RoomMade
 from ckptd.core.restore import Source
+from ckptd.core.scrub_events import Mend, Mended, Scrub, Scrubbed
 from ckptd.errors import CkptdError
 from ckptd.types import CheckpointId, Evidence, Held, Incident, RaisedException
 
@@ -226,8 +228,8 @@ class Tick:
 Input = (
     StoreRead | SetupFailed | Fetched | FetchFailed | Claimed | RankSpawned | RankJoined | SlotsLent
     | RankRestored | RestoreFailed | RankStepped | Progress | RankSealed | CaptureMissed | CheckpointWanted
-    | RankLeft | RankExited | LauncherExited | Committed | FlushFailed | UploadFailed | StopWanted | RestartWanted
-    | Tick
+    | RankLeft | RankExited | LauncherExited | Committed | FlushFailed | UploadFailed | RoomMade | StopWanted
+    | RestartWanted | Pruned | Scrubbed | Mended | Tick
 )  # fmt: skip
 
 # --- effects --------------------------------------------------------------------------------------------------
@@ -314,19 +316,6 @@ class Upload:
 
 
 @dataclass(frozen=True, slots=True)
-class Prune:
-    """Remove checkpoints from a tier, but for the files to which those in `kept` refer.
-
-    On a further tier `kept` has also those that are on their way there: what they refer to may be there already.
-    """
-
-    ids: tuple[CheckpointId, ...]
-    tier: str
-    reasons: tuple[str, ...]
-    kept: tuple[CheckpointId, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Kill:
     """Send a signal to every rank's process group."""
 
@@ -366,6 +355,7 @@ class End:
 
 
 Effect = (
-    ReadStore | Fetch | Claim | Spawn | Admit | Whole | Announce | Release | Flush | Upload | Prune | Kill | Dismiss
-    | Record | Log | End
+    ReadStore | Fetch | Claim | Spawn | Admit | Whole | Announce | Release | Flush | Upload | Prune
+    | Collect | MakeRoom | Kill | Dismiss
+    | Record | Log | End | Scrub | Mend
 )  # fmt: skip

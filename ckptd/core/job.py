@@ -18,8 +18,10 @@ from ckptd.core.events import Effect, Log
 from ckptd.core.generation import Generation
 from ckptd.core.job_spec import JobSpec, Now
 from ckptd.core.job_states import TERMINAL, JobEvent, JobState
-from ckptd.core.planning import Planning
+from ckptd.core.prune_events import Pruned, RoomMade
 from ckptd.core.restore import MEMORY, Source
+from ckptd.core.scrub_events import Mended, Scrubbed
+from ckptd.core.scrubbing import Scrubbing
 from ckptd.errors import DamagedError, JobFailedError
 from ckptd.types import Evidence
 
@@ -28,10 +30,11 @@ __all__ = ["JobMachine", "JobSpec", "Now"]
 _UNPROTECTED_AFTER_S = 30.0
 
 
-class JobMachine(Planning):
+class JobMachine(Scrubbing):
     """Supervises one job. Feed it every input in order; carry out the effects that it returns in order.
 
-    What leads to a terminal state is in `Ending`, the choice of what to begin with in `Planning`, the rest is here.
+    What leads to a terminal state is in `Ending`, the choice of what to begin with in `Planning`, what is read again
+    meanwhile in `Scrubbing`, the rest is here.
     """
 
     def __init__(self, spec: JobSpec, first_incident: int = 1) -> None:
@@ -71,6 +74,8 @@ class JobMachine(Planning):
             case e.Fetched():
                 return self._fetched(event, now)
             case e.FetchFailed():
+                if not event.error.retryable:
+                    self.suspect(event.source)
                 return self._fetch_failed(event, now)
             case e.Claimed():
                 return self._claimed(event, now)
@@ -85,6 +90,19 @@ class JobMachine(Planning):
                 return self._restore_failed(event)
             case e.CheckpointWanted():
                 self.keeper.want(now.s)
+            case RoomMade():
+                effects = self.keeper.on_room_made(event, now.s, restorable=self.offers.newest_on(event.tier))
+                self.offers.keep(self.keeper.tiers.held)
+                self.keeper.tiers.pruned(event.tier, event.ids, done=True)
+                return effects
+            case Pruned():
+                self.keeper.tiers.pruned(event.tier, event.ids, done=event.done)
+                for checkpoint in event.unreadable:
+                    self.suspect(Source(checkpoint, event.tier))
+            case Scrubbed():
+                return self._scrubbed(event, now)
+            case Mended():
+                return self._mended(event, now)
             case e.LauncherExited():
                 return self._launcher_exited(event, now)
             case e.StopWanted():
@@ -201,6 +219,8 @@ class JobMachine(Planning):
                 effects = self.keeper.on_flush_failed(event, now.s)
             case e.UploadFailed():
                 effects = self.keeper.on_upload_failed(event, now.s)
+                if isinstance(event.error, DamagedError):
+                    self.suspect(Source(event.id, self.keeper.tiers.first))
             case e.Committed():
                 effects = self._committed(event, now)
         if self.state is JobState.DRAINING:
@@ -313,6 +333,7 @@ class JobMachine(Planning):
             fields["tier"] = offer.tier
             if isinstance(event.error, DamagedError):
                 self.offers.refuse(offer)
+                self.suspect(offer)
                 generation.damaged = True
         return [Log("restore failed", fields | {"error": str(event.error)}, level="error")]
 
@@ -344,7 +365,7 @@ class JobMachine(Planning):
                 return effects + self._plan(now)
             if self.state is JobState.STOPPING:
                 return [*effects, Log("stop without checkpoint", level="warning"), *self._terminate(now)]
-        return effects + self._warn_unprotected(now)
+        return effects + self._warn_unprotected(now) + self._scrub(now)
 
     def _warn_unprotected(self, now: Now) -> list[Effect]:
         generation = self.generation

@@ -26,6 +26,8 @@ class TierSpec:
     """An upload begins no sooner than so long after the one before it; the newest waits meanwhile."""
     backlog: int = 2
     """How many checkpoints may wait for their upload; older ones are skipped."""
+    scrub_s: float = 0.0
+    """So long after its commit, and after each time it was read, a copy there is read again; 0: never."""
 
 
 @dataclass(frozen=True, slots=True)

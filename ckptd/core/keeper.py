@@ -23,9 +23,11 @@ from ckptd.core.events import (
     Whole,
 )
 from ckptd.core.job_spec import Now, TierSpec
+from ckptd.core.prune_events import RoomMade
 from ckptd.core.restore import Source
 from ckptd.core.snapshots import SealedShard, Snapshot, SnapshotBook, SnapshotEvent, SnapshotState
 from ckptd.core.tiers import Tiers
+from ckptd.errors import FullError
 from ckptd.types import CheckpointId, Held
 
 _FLUSH_RETRY_MAX_S = 60.0
@@ -63,6 +65,9 @@ class Keeper:
         self.last_committed: Source | None = None
         self._parents: dict[int, CheckpointId | None] = {}
         self._retry_flush_at_s = 0.0
+        self._making_room = False
+        self._no_room_for: CheckpointId | None = None
+        """The last snapshot that was said to be skipped for want of room."""
         self._wished = False
         self._answer: CheckpointId | None = None
 
@@ -250,8 +255,11 @@ class Keeper:
             "durable_s": round(now.s - sealed_at_s + snapshot.capture_s, 4),
         }
         fields |= {name: value for name, value in snapshot.values.items() if name not in _TAKEN.union(fields)}
-        pruned = self.tiers.prune(event.tier, restorable) if usable else []
+        pruned = self._prune(event.tier, restorable, now.s) if usable else []
         return [Log("checkpoint committed", fields), *skipped, *pruned, *self._settle(now.s)]
+
+    def _prune(self, tier: str, restorable: CheckpointId | None, now_s: float) -> list[Effect]:
+        return self.tiers.prune(tier, restorable) + self.tiers.collect(tier, now_s)
 
     def on_uploaded(
         self, event: Committed, now: Now, *, usable: bool = True, restorable: CheckpointId | None = None
@@ -265,7 +273,7 @@ class Keeper:
             "size_bytes": event.size_bytes,
             "upload_s": round(event.flush_s, 4),
         }
-        pruned = self.tiers.prune(event.tier, restorable) if usable else []
+        pruned = self._prune(event.tier, restorable, now.s) if usable else []
         return [Log("checkpoint committed", fields), *pruned, *self._settle(now.s)]
 
     def on_upload_failed(self, event: UploadFailed, now_s: float) -> list[Effect]:
@@ -281,7 +289,44 @@ class Keeper:
         delay_s = min(_FLUSH_RETRY_MAX_S, 0.5 * 2.0 ** min(snapshot.flush_failures, _DOUBLINGS_MAX))
         self._retry_flush_at_s = now_s + delay_s
         fields = {"step": event.id.step, "error": str(event.error), "retry_in_s": delay_s}
-        return [Log("flush failed", fields, level="error"), *self._settle(now_s)]
+        room: list[Effect] = []
+        if isinstance(event.error, FullError) and not self._making_room:
+            room.append(self.tiers.no_garbage())
+            self._making_room = True
+        return [Log("flush failed", fields, level="error"), *room, *self._settle(now_s)]
+
+    def on_room_made(self, event: RoomMade, now_s: float, *, restorable: CheckpointId | None = None) -> list[Effect]:
+        """Try the flush again that found the first tier full, or let checkpoints go for it first.
+
+        How much is missing nobody says, so it is all of the snapshot; but what the first failure of a snapshot has set
+        free is not its own left-over, and counts. When nothing may go any more, the snapshot stays in memory like after
+        any other failure: it or a newer one is tried again later.
+        """
+        self._making_room = False
+        snapshot = self.book.unflushed
+        if snapshot is None:
+            return self._settle(now_s)
+        missing_bytes = sum(snapshot.image_bytes.values())
+        if snapshot.flush_failures <= 1:
+            missing_bytes -= event.freed_bytes
+        if event.ids or missing_bytes <= 0:
+            self._retry_flush_at_s = now_s
+            return self._settle(now_s)
+        order = self.tiers.make_room(restorable, missing_bytes)
+        if order is not None:
+            self._making_room = True
+            return [order, *self._settle(now_s)]
+        if self._no_room_for == snapshot.id:
+            return self._settle(now_s)
+        self._no_room_for = snapshot.id
+        self.counters.skipped += 1
+        fields: dict[str, object] = {
+            "step": snapshot.id.step,
+            "tier": event.tier,
+            "reason": "the tier is full, and nothing there may go",
+            "missing_bytes": missing_bytes,
+        }
+        return [Log("checkpoint skipped", fields, level="warning"), *self._settle(now_s)]
 
     @property
     def hopeless(self) -> bool:

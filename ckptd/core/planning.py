@@ -64,6 +64,12 @@ class Planning(Ending):
             return self._give_up(problem if problem.retryable else nothing_left([problem.message]), now)
         return self._claim(source) if source is None or source.tier == MEMORY else [e.Fetch(source)]
 
+    def _distrust(self, source: Source) -> None:
+        """Do not offer a copy that is damaged, nor count it as one in retention, until it is mended."""
+        self.keeper.tiers.damaged.add(source)
+        if source in self.offers.stored:
+            self.offers.refused.add(source)
+
     def _claim(self, offer: Source | None, world_size: int | None = None) -> list[Effect]:
         if self.state is not JobState.PREPARING:
             return []  # stopped meanwhile
@@ -87,6 +93,6 @@ class Planning(Ending):
         if event.error.retryable:
             log = Log("fetch failed", fields, level="error")  # the copy may be there at the next restart
         else:
-            self.offers.drop(event.source)
+            self._distrust(event.source)
             log = Log("checkpoint damaged", fields, level="error")
         return [log, *self._next_source(now, event.error)]

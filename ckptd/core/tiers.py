@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckptd.core.events import Effect, Log, Prune, Upload, UploadFailed
+from ckptd.core.events import Effect, Log, Upload, UploadFailed
 from ckptd.core.job_spec import TierSpec
 from ckptd.core.policy import retention
+from ckptd.core.prune_events import Collect, MakeRoom, Prune
 from ckptd.core.restore import Source
 from ckptd.core.uploads import Uploads
 from ckptd.errors import FencedError, invariant
 from ckptd.types import CheckpointId, Held
+
+_COLLECT_EVERY_S = 3600.0
+"""Garbage is rare, and to look for it costs calls; after a prune of a near tier it is looked for anyway."""
 
 
 @dataclass(slots=True)
@@ -36,8 +40,17 @@ class Tiers:
         """What is committed, by tier."""
         self.uploads = {spec.name: Uploads(spec.name, spec.backlog, spec.every_s) for spec in specs[1:]}
         """The queue of every tier but the first."""
+        self.damaged: set[Source] = set()
+        """Copies that were read again and found damaged, until they are mended."""
+        self.mending: Source | None = None
+        """The copy that is being mended: until that is done, it and what it is mended from stay."""
+        self._going: dict[Source, Held] = {}
+        """What was known of copies whose removal is under way."""
         self.counters = UploadCounters()
         self._parents: dict[int, CheckpointId] = {}
+        self._unknown = {spec.name for spec in specs}
+        """Tiers that were never read: they may hold anything."""
+        self._collect_at_s: dict[str, float] = {}
         self._policies = {spec.name: spec.retention for spec in specs}
         invariant(len(self._policies) == len(specs), f"two tiers of one name: {[spec.name for spec in specs]}")
 
@@ -54,6 +67,7 @@ class Tiers:
             if tier not in unread:
                 facts = {source.id: Held(source.id) for source in copies if source.tier == tier}
                 self.held[tier] = facts | {item.id: item for item in held.get(tier, ())}
+                self._unknown.discard(tier)
         newest = max((source.id for source in copies if source.tier == self.first), default=None)
         if newest is not None:
             self._offer_where_missing(newest)
@@ -80,7 +94,8 @@ class Tiers:
                 queue.offer(checkpoint)
 
     def fetched(self, source: Source) -> None:
-        """Note that a checkpoint was brought back to the first tier."""
+        """Note that a checkpoint was brought back to the first tier, which has mended a damaged copy there."""
+        self.damaged.discard(Source(source.id, self.first))
         self.held[self.first][source.id] = self.held[source.tier].get(source.id, Held(source.id))
 
     def flushed(self, item: Held, *, upload: bool) -> list[Effect]:
@@ -143,24 +158,73 @@ class Tiers:
 
     def prune(self, tier: str, restorable: CheckpointId | None) -> list[Effect]:
         """Let go what retention does not keep; `restorable` is the newest there that a restart could begin with."""
-        in_use: dict[CheckpointId, str] = {}
-        if restorable is not None:
-            in_use[restorable] = "the newest that a restart can begin with"
-        uploading: tuple[CheckpointId, ...] = ()
-        if tier == self.first:
-            for queue in self.uploads.values():
-                in_use |= dict.fromkeys(queue.pinned, f"its upload to {queue.tier} is to come")
-        else:
-            uploading = tuple(sorted(self.uploads[tier].pinned))  # it may refer to files that are there
-        verdicts = retention.judge(self.held[tier].values(), self._policies[tier], in_use)
+        verdicts = self._judge(tier, self._in_use(tier, restorable))
         removed = [verdict for verdict in verdicts if not verdict.keep]
         if not removed:
             return []
+        ids, reasons = self._let_go(tier, removed)
+        return [Prune(ids, tier, reasons, self._kept(tier))]
+
+    def _judge(self, tier: str, in_use: Mapping[CheckpointId, str]) -> list[retention.Verdict]:
+        """Judge what is on a tier. What is damaged stays as long as it would, and takes no sound one's place."""
+        held, policy = self.held[tier].values(), self._policies[tier]
+        broken = {source.id for source in self.damaged if source.tier == tier}
+        sound = retention.judge([item for item in held if item.id not in broken], policy, in_use)
+        others = retention.judge(held, policy, in_use) if broken else []
+        return sound + [verdict for verdict in others if verdict.id in broken]
+
+    def _in_use(self, tier: str, restorable: CheckpointId | None) -> dict[CheckpointId, str]:
+        in_use: dict[CheckpointId, str] = {}
+        if restorable is not None:
+            in_use[restorable] = "the newest that a restart can begin with"
+        if tier == self.first:
+            for queue in self.uploads.values():
+                in_use |= dict.fromkeys(queue.pinned, f"its upload to {queue.tier} is to come")
+        if self.mending is not None:
+            in_use[self.mending.id] = "it is being mended"
+        return in_use
+
+    def _let_go(
+        self, tier: str, removed: Sequence[retention.Verdict]
+    ) -> tuple[tuple[CheckpointId, ...], tuple[str, ...]]:
         for verdict in removed:
-            del self.held[tier][verdict.id]
-        reasons = tuple("; ".join(verdict.reasons) for verdict in removed)
-        kept = tuple(verdict.id for verdict in verdicts if verdict.keep)
-        return [Prune(tuple(verdict.id for verdict in removed), tier, reasons, kept + uploading)]
+            self._going[Source(verdict.id, tier)] = self.held[tier].pop(verdict.id)
+        return tuple(verdict.id for verdict in removed), tuple("; ".join(verdict.reasons) for verdict in removed)
+
+    def pruned(self, tier: str, ids: Iterable[CheckpointId], *, done: bool) -> None:
+        """Note the end of a prune. What may still be there is judged anew with the next one."""
+        for checkpoint in ids:
+            item = self._going.pop(Source(checkpoint, tier), None)
+            if item is not None and not done:
+                self.held[tier].setdefault(checkpoint, item)
+
+    def _kept(self, tier: str) -> tuple[CheckpointId, ...]:
+        """Return what stays on a tier, newest first, and what is on its way there: it may refer to files there."""
+        coming = () if tier == self.first else sorted(self.uploads[tier].pinned)
+        return (*sorted(self.held[tier], reverse=True), *coming)
+
+    def collect(self, tier: str, now_s: float) -> list[Effect]:
+        """Look for garbage: with the first commit on a tier, which proves it to be ours, and then now and then."""
+        if now_s < self._collect_at_s.get(tier, now_s):
+            return []
+        self._collect_at_s[tier] = now_s + _COLLECT_EVERY_S
+        coming = [item for queue in self.uploads.values() for item in queue.pinned]
+        everywhere = [item.generation for item in (*(item for held in self.held.values() for item in held), *coming)]
+        needed_from = None if self._unknown else min(everywhere, default=None)
+        return [Collect(tier, self._kept(tier), needed_from)]
+
+    def no_garbage(self) -> MakeRoom:
+        """Have everything gone from the first tier that is no checkpoint any more."""
+        return MakeRoom(self.first, (), (), self._kept(self.first))
+
+    def make_room(self, restorable: CheckpointId | None, missing_bytes: int) -> MakeRoom | None:
+        """Let go what may go from the first tier for so many bytes; None when nothing may."""
+        tier, held = self.first, self.held[self.first].values()
+        going = retention.make_room(held, self._policies[tier], self._in_use(tier, restorable), missing_bytes)
+        if not going:
+            return None
+        ids, reasons = self._let_go(tier, going)
+        return MakeRoom(tier, ids, reasons, self._kept(tier))
 
     def hurry(self, now_s: float) -> None:
         """Have the last uploads done: the job is ending."""

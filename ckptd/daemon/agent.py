@@ -21,7 +21,7 @@ from ckptd.daemon.processes import Processes
 from ckptd.daemon.ranks import Rank
 from ckptd.daemon.server import Peer, Server
 from ckptd.daemon.supervisor import Services, Supervisor
-from ckptd.daemon.tiers import open_tiers, teller
+from ckptd.daemon.tiers import HOLD_PATIENCE_S, open_tiers, teller
 from ckptd.errors import AgentError, CkptdError, ConfigError, FencedError, NotFoundError
 from ckptd.journal import Journal
 from ckptd.launcher.command import plan_command
@@ -29,6 +29,7 @@ from ckptd.log import get_logger
 from ckptd.plugin.manager import PluginManager
 from ckptd.protocol import messages as m
 from ckptd.storage.pacing import be_nice
+from ckptd.tiers import JobTier
 
 _STORAGE_THREADS = 4
 _ANSWER_S = 2.0
@@ -60,6 +61,7 @@ class Agent:
             socket=str(config.socket),
             pid=os.getpid(),
             logger=self._log,
+            open_tier=self.plugins.open_tier,
         )
         frameworks = [
             {"name": item.name, "trigger": item.trigger, "target": item.target} for item in self.plugins.frameworks
@@ -79,11 +81,15 @@ class Agent:
             raise FencedError(f"job {config.name} runs already", hint="stop it first, or give this one another --name")
         if config.supervised:
             _check_command(config)
-        tiers = open_tiers(config, self.plugins, self.config.home, teller(self._log.bind(job=config.name)))
         if config.name in self._leases:  # it has ended in this very turn of the loop
             self._release(config.name, self._leases[config.name])
         lease = self._services.coordinator.lease(config.name, f"agent {os.getpid()}")
         self._leases[config.name] = lease
+        try:
+            tiers = self._open_tiers(config)
+        except CkptdError:
+            self._release(config.name, lease)
+            raise
         processes = None
         if config.supervised:
             processes = Processes(
@@ -100,6 +106,12 @@ class Agent:
         job.ended.add_done_callback(lambda _: self._release(config.name, lease))
         job.write_down()
         return job
+
+    def _open_tiers(self, config: JobConfig) -> tuple[JobTier, ...]:
+        """Open the tiers of a job; who holds it there is waited for only while no other job would wait too."""
+        busy = any(not job.ended.done() for job in self.jobs.values())
+        tell = teller(self._log.bind(job=config.name))
+        return open_tiers(config, self.plugins, self.config.home, tell, patience_s=0.0 if busy else HOLD_PATIENCE_S)
 
     def _release(self, name: str, lease: Lease) -> None:
         if self._leases.get(name) is lease:
@@ -187,12 +199,12 @@ class Agent:
             )
         rank = Rank(message.job, message.rank, peer)
         self._ranks[peer] = (job, rank)
-        job.join(rank)
+        job.attendance.join(rank)
 
     def _closed(self, peer: Peer) -> None:
         job, rank = self._ranks.pop(peer, (None, None))
         if job is not None and rank is not None:
-            job.disconnected(rank)
+            job.attendance.disconnected(rank)
 
     def _control(self, peer: Peer, message: m.Message) -> None:
         match message:

@@ -15,13 +15,17 @@ from typing import Any
 from ckptd.config import JobConfig
 from ckptd.coordination.coordinator import Coordinator, next_generation
 from ckptd.core import events as e
+from ckptd.core.prune_events import Collect, MakeRoom, Prune, Pruned, RoomMade
 from ckptd.core.restore import MEMORY, Source
 from ckptd.daemon.arena import Arena
 from ckptd.daemon.further_tiers import FurtherTiers
 from ckptd.daemon.job_store import JobStore
 from ckptd.daemon.offers import Offer, SlotOffer, StoredOffer, close_all, read_only
+from ckptd.daemon.resuming import OpenTier, Resuming
+from ckptd.daemon.scrubbing import Scrubber
 from ckptd.daemon.tiers import Report, read
-from ckptd.errors import AgentError, CkptdError, FencedError, invariant
+from ckptd.errors import AgentError, CkptdError, DamagedError, FencedError, invariant
+from ckptd.pruning.prune import Removed
 from ckptd.storage import catalog, keys, manifest
 from ckptd.storage.pacing import Pacer
 from ckptd.tiers import JobTier
@@ -56,17 +60,24 @@ class Checkpoints:
         arena: Arena,
         pool: Executor,
         report: Report,
+        open_tier: OpenTier,
     ) -> None:
-        """Keep the checkpoints of a job on `tiers`, fastest first; `report` is told what happens there."""
+        """Keep the checkpoints of a job on `tiers`, fastest first; `report` is told what happens there.
+
+        `open_tier` opens the place of whatever else the job is to resume from.
+        """
         self._job = config.name
         self._tiers = tiers
         self._first = tiers[0].name
         pace = Pacer(config.flush_max_bytes_per_s) if config.flush_max_bytes_per_s else None
-        self.store = JobStore(tiers[0].tier, config.name, pool, reuse=config.reuse_unchanged, pace=pace)
-        others = {item.name: JobStore(item.tier, config.name, pool) for item in tiers[1:]}
+        self.store = _store(tiers[0], config, pool, pace)
+        others = {item.name: _store(item, config, pool) for item in tiers[1:]}
         self._stores = {self._first: self.store, **others}
         bounds = {item.name: item.config.upload_max_bytes_per_s for item in tiers[1:]}
+        self.scrubber = Scrubber(config.name, tiers, report)
         self._further = FurtherTiers(config.name, self.store, others, bounds, report)
+        origin = config.resume_from
+        self._resuming = None if origin is None else Resuming(config, tiers, origin, open_tier, report)
         self._started = False
         self._coordinator = coordinator
         self._arena = arena
@@ -77,7 +88,10 @@ class Checkpoints:
         self._reserving: asyncio.Future[None] | None = None
 
     async def read(self) -> e.Input:
-        """Look what the tiers hold; raises what the first one raises."""
+        """Look what the tiers hold, after they were given what a new job resumes from; raises why that can't be."""
+        found = await asyncio.to_thread(read, self._tiers, self._job)
+        if self._resuming is None or not await self._resuming.bring(found):
+            return found
         return await asyncio.to_thread(read, self._tiers, self._job)
 
     async def claim(self, order: e.Claim) -> e.Input:
@@ -135,24 +149,51 @@ class Checkpoints:
             return e.UploadFailed(order.id, order.tier, error)
         return e.Committed(order.id, order.tier, result.size_bytes, result.seconds)
 
-    async def prune(self, order: e.Prune) -> CkptdError | None:
-        """Remove checkpoints; return what could not be done."""
-        return await asyncio.to_thread(self._prune, order)
+    async def prune(self, order: Prune) -> tuple[Removed, e.Input]:
+        """Remove checkpoints; return what was done and what could not be."""
+        removed = await asyncio.to_thread(self._prune, order)
+        unreadable: Sequence[CheckpointId] = ()
+        if any(isinstance(error, DamagedError) for error in removed.errors):
+            unreadable = await asyncio.to_thread(self._unreadable, order)
+        return removed, Pruned(order.tier, order.ids, not removed.errors, tuple(unreadable))
 
-    def _prune(self, order: e.Prune) -> CkptdError | None:
+    def _unreadable(self, order: Prune) -> list[CheckpointId]:
+        """Return what is to stay and keeps everything else from going, since nobody knows what it needs."""
+        found: list[CheckpointId] = []
+        for checkpoint in order.kept:
+            try:
+                catalog.load_manifest(self._stores[order.tier].tier, self._job, checkpoint)
+            except DamagedError:
+                found.append(checkpoint)
+            except CkptdError:
+                continue
+        return found
+
+    async def collect(self, order: Collect) -> Removed:
+        """Remove what nobody needs."""
+        pruning = self._stores[order.tier].pruning
+        return await asyncio.to_thread(pruning.collect, order.kept, order.needed_from)
+
+    async def make_room(self, order: MakeRoom) -> tuple[Removed, e.Input]:
+        """Empty a tier that is full as far as that goes."""
+        removed = await asyncio.to_thread(self._prune, order)
+        return removed, RoomMade(order.tier, order.ids, removed.freed_bytes)
+
+    def _prune(self, order: Prune | MakeRoom) -> Removed:
         """Prune but for what got a name since the tier was read."""
         item = next(item for item in self._tiers if item.name == order.tier)
         try:
             named = catalog.tags(item.tier, self._job).values() if item.config.keep_tagged else ()
         except CkptdError as error:
-            return error
+            return Removed(errors=[error])
         tagged = frozenset(tag.id for tag in named)
-        return self._stores[order.tier].prune(
-            [checkpoint for checkpoint in order.ids if checkpoint not in tagged], [*order.kept, *tagged]
-        )
+        pruning = self._stores[order.tier].pruning
+        prune = pruning.prune if isinstance(order, Prune) else pruning.make_room
+        return prune([checkpoint for checkpoint in order.ids if checkpoint not in tagged], [*order.kept, *tagged])
 
     async def close(self) -> None:
         """Let go of the tiers."""
+        await self.scrubber.close()
         for item in self._tiers:
             await asyncio.to_thread(item.tier.close)
 
@@ -233,6 +274,18 @@ class Checkpoints:
             raise
         finally:
             del images  # an error's traceback must not keep them
+
+
+def _store(item: JobTier, config: JobConfig, pool: Executor, pace: Pacer | None = None) -> JobStore:
+    return JobStore(
+        item.tier,
+        config.name,
+        pool,
+        reuse=config.reuse_unchanged,
+        pace=pace,
+        grace_s=item.config.grace_s,
+        garbage_after_s=item.config.garbage_after_s,
+    )
 
 
 def _check(store: JobStore, source: Source) -> _Checked:

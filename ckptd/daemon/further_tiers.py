@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ckptd.daemon.job_store import JobStore
 from ckptd.daemon.tiers import Report
-from ckptd.errors import CkptdError, FencedError
+from ckptd.errors import CkptdError, FencedError, NotFoundError
 from ckptd.storage import catalog, copying, fetching
 from ckptd.storage.pacing import Pacer
 from ckptd.types import CheckpointId
@@ -71,8 +71,16 @@ class FurtherTiers:
         self._claim(name, checkpoint.generation)
         target = self._others[name]
         files = catalog.load_manifest(self._first.tier, self._job, checkpoint).files
-        with target.expecting(checkpoint, files):
-            copied = copying.upload(self._first.tier, target.tier, self._job, checkpoint, pace=self._paces.get(name))
+        with target.needs.expecting(checkpoint, files):
+            copied = copying.upload(
+                self._first.tier,
+                target.tier,
+                self._job,
+                checkpoint,
+                pace=self._paces.get(name),
+                ours=target.needs.newest,
+            )
+            target.needs.note(checkpoint, files)
         return Uploaded(copied.size_bytes, time.monotonic() - begin_s)
 
     def fetch(self, checkpoint: CheckpointId, name: str) -> None:
@@ -81,12 +89,13 @@ class FurtherTiers:
         What is intact on the first tier stays. Raises `DamagedError` when no tier has a good copy of some file.
         """
         sources = [self._others[name].tier, *(store.tier for other, store in self._others.items() if other != name)]
-        progress = _Progress(checkpoint, name, self._report)
+        progress = Progress(checkpoint, name, self._report)
         files = self._files(checkpoint, name)
-        with self._first.expecting(checkpoint, files):
+        with self._first.needs.expecting(checkpoint, files):
             fetching.fetch(
                 sources, self._first.tier, self._job, checkpoint, progress=progress.moved, report=self._report
             )
+            self._first.needs.load(checkpoint)
 
     def _files(self, checkpoint: CheckpointId, name: str) -> Collection[str]:
         """Return what a checkpoint needs, as a tier's manifest says; a fetch looks elsewhere if that can't be read."""
@@ -103,7 +112,7 @@ class FurtherTiers:
             if number < generation and (name, number) not in self._claimed:
                 # Of those that were never uploaded from, too: the lineage there would break off at the gap. One that
                 # is somebody else's there was lost to them by an earlier claim.
-                with contextlib.suppress(FencedError):
+                with contextlib.suppress(FencedError, NotFoundError):  # or a prune has removed the record
                     self._others[name].adopt(number, self._first.record(number))
                 self._claimed.add((name, number))
         self._others[name].adopt(generation, self._first.record(generation))
@@ -111,7 +120,7 @@ class FurtherTiers:
             self._claimed.add((name, generation))
 
 
-class _Progress:
+class Progress:
     """Says every few seconds how much has come."""
 
     def __init__(self, checkpoint: CheckpointId, tier: str, report: Report) -> None:

@@ -1,15 +1,12 @@
 """What a job's agent does with a tier: plain blocking calls, made in threads.
 
-Nothing here touches the agent's state. A flush and a prune may run side by side; what they share is the few fields of
-`JobStore` that its lock guards.
+Nothing here touches the agent's state. A flush and a prune may run side by side; what they share is in `Needs`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -17,8 +14,10 @@ from ckptd.core.events import Flush
 from ckptd.daemon import flushing
 from ckptd.daemon.flushing import NOTHING_HELD, Described, Flushed, Held, Known, Where
 from ckptd.errors import CkptdError, DamagedError, FencedError, NotFoundError
+from ckptd.pruning.needs import Needs
+from ckptd.pruning.prune import GARBAGE_AFTER_S, Pruning
 from ckptd.storage import catalog, keys, manifest, template
-from ckptd.storage.manifest import Manifest
+from ckptd.storage.removing import holds
 from ckptd.storage.reuse import NO_HISTORY, stored_contents
 from ckptd.storage.shards import Shards, shards_of
 from ckptd.storage.tier import Pace, Tier
@@ -53,24 +52,25 @@ class JobStore:
     written.
     """
 
-    def __init__(self, tier: Tier, job: str, pool: Executor, *, reuse: bool = True, pace: Pace | None = None) -> None:
+    def __init__(
+        self,
+        tier: Tier,
+        job: str,
+        pool: Executor,
+        *,
+        reuse: bool = True,
+        pace: Pace | None = None,
+        grace_s: float = 0.0,
+        garbage_after_s: float = GARBAGE_AFTER_S,
+    ) -> None:
         self.tier = tier
         self._job = job
         self._pool = pool
         self._reuse = reuse
         self._pace = pace
-        self._lock = threading.Lock()
-        self._generation = 0
-        """The newest that we know to be ours."""
-        self._files: dict[CheckpointId, frozenset[str]] = {}
-        """What committed checkpoints need, of those that were read or written."""
+        self.needs = Needs(tier, job)
+        self.pruning = Pruning(tier, job, self.needs, grace_s=grace_s, garbage_after_s=garbage_after_s)
         self._earlier: _Earlier | None = None
-        self._in_flight: CheckpointId | None = None
-        self._needed: frozenset[str] = frozenset()
-        """What the flush in flight may refer to."""
-        self._expected: dict[CheckpointId, frozenset[str]] = {}
-        """What checkpoints that come from another tier need."""
-        self._pruning: frozenset[CheckpointId] = frozenset()
         self._history = NO_HISTORY
         self._shards = Shards({})
         """Of the last flush's images; the next ones mostly have the same."""
@@ -79,11 +79,12 @@ class JobStore:
 
     def claim(self, generation: int, parent: CheckpointId | None) -> bool:
         """Record a generation on the tier; return False when somebody else has that number."""
-        try:
-            catalog.claim_generation(self.tier, self._job, generation, parent, time.time())
-        except FencedError:
-            return False
-        self._own(generation)
+        with self.needs.claiming(generation):
+            try:
+                catalog.claim_generation(self.tier, self._job, generation, parent, time.time())
+            except FencedError:
+                return False
+            self.needs.own(generation)
         return True
 
     def generations(self) -> frozenset[int]:
@@ -99,42 +100,26 @@ class JobStore:
 
         Raises `FencedError` when somebody else has that number here.
         """
+        with self.needs.claiming(generation):
+            if not self._put_record(generation, record):
+                raise FencedError(
+                    f"generation {generation} of job {self._job} is somebody else's on {self.tier.url}",
+                    hint="two agents run the job, each with a disk of its own: stop one of them",
+                )
+            self.needs.own(generation)
+
+    def _put_record(self, generation: int, record: bytes) -> bool:
+        """Put the record of a generation; return False when another one stands."""
         key = keys.generation_key(self._job, generation)
         create_only = self.tier.capabilities.create_only_put
-        is_there = not create_only and self._holds(key)
-        if not is_there:
+        if create_only or not holds(self.tier, key):
             try:
                 self.tier.put(key, record, create_only=create_only)
             except FencedError:
-                is_there = True
-        if is_there and self.tier.get(key) != record:
-            raise FencedError(
-                f"generation {generation} of job {self._job} is somebody else's on {self.tier.url}",
-                hint="two agents run the job, each with a disk of its own: stop one of them",
-            )
-        self._own(generation)
-
-    def _own(self, generation: int) -> None:
-        with self._lock:
-            self._generation = max(self._generation, generation)
-
-    def _holds(self, key: str) -> bool:
-        try:
-            self.tier.size_bytes(key)
-        except NotFoundError:
-            return False
-        return True
-
-    @contextlib.contextmanager
-    def expecting(self, checkpoint: CheckpointId, files: Collection[str]) -> Iterator[None]:
-        """Keep every prune away from files of a checkpoint that is on its way here from another tier."""
-        with self._lock:
-            self._expected[checkpoint] = frozenset(files)
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._expected[checkpoint]
+                pass
+            else:
+                return True
+        return self.tier.get(key) == record
 
     # --- restore ------------------------------------------------------------------------------------------------
 
@@ -144,7 +129,7 @@ class JobStore:
         Sizes are compared, nothing is read: whoever reads the bytes checks them. Raises `NotFoundError` or
         `DamagedError` that names the file.
         """
-        loaded = self._load(checkpoint)
+        loaded = self.needs.load(checkpoint)
         needed = {shard.file: shard.size_bytes for shard in loaded.shards}
         own = set(needed)
         for tensor in loaded.tensors.values():
@@ -169,18 +154,13 @@ class JobStore:
             raise NotFoundError(f"job {self._job} has no file {file!r}")
         return self.tier.open(f"{self._job}/{file}")
 
-    def _load(self, checkpoint: CheckpointId) -> Manifest:
-        loaded = catalog.load_manifest(self.tier, self._job, checkpoint)
-        with self._lock:
-            self._files[checkpoint] = loaded.files
-        return loaded
-
     # --- flush --------------------------------------------------------------------------------------------------
 
     def flush(self, order: Flush, images: Mapping[int, memoryview]) -> FlushResult:
         """Make every shard of a snapshot durable, then commit it with its manifest.
 
-        Raises the first error when every part has ended. Neither it nor anything else refers to a slot then.
+        Raises the first error when every part has ended. Neither it nor anything else refers to a slot then. It is a
+        `FencedError` when somebody else has claimed a newer generation here.
         """
         begin_s = time.monotonic()
         key = keys.manifest_key(self._job, order.id)
@@ -191,6 +171,7 @@ class JobStore:
             self._shards = shards_of(images, self._shards)
             flushed = flushing.flush(where, images, self._shards, known, self._pool)
             document = self._document(order, flushed.stored)
+            self.needs.refuse_newer()
             self.tier.put(key, document, create_only=True)
             self._remember(order.id, flushed)
         except CkptdError as error:
@@ -198,8 +179,7 @@ class JobStore:
             raise
         finally:
             del images  # an error's traceback must not keep them
-            with self._lock:
-                self._in_flight, self._needed = None, frozenset()
+            self.needs.end_flush()
         written_bytes = sum(shard.size_bytes for shard in flushed.stored.shards)
         seconds = time.monotonic() - begin_s
         if flushed.stored is not flushed.in_memory:
@@ -227,124 +207,43 @@ class JobStore:
 
     def _begin(self, order: Flush) -> Known | None:
         """Fix what a flush may refer to, so that no prune removes it meanwhile."""
-        with self._lock:
-            self._generation = max(self._generation, order.id.generation)
-            self._in_flight = order.id
-            if not self._reuse:
-                return None
+        self.needs.begin_flush(order.id)
+        if not self._reuse:
+            return None
+        with self.needs.lock:
             earlier = self._earlier
-            if earlier is None or (earlier.id.generation != order.id.generation and earlier.id != order.parent):
-                self._earlier, self._history = self._read_earlier(order.parent), NO_HISTORY
-                earlier = self._earlier
+            known = earlier is not None and earlier.id in self.needs.known  # or a prune has removed it
+            if (
+                earlier is None
+                or not known
+                or (earlier.id.generation != order.id.generation and earlier.id != order.parent)
+            ):
+                earlier, self._history = self._read_earlier(order.parent), NO_HISTORY
+            self._earlier = earlier
             if earlier is None:
                 return Known(NOTHING_HELD, {}, self._history)
-            self._needed = frozenset(earlier.file_bytes)
+            self.needs.refer(earlier.file_bytes)
             return Known(earlier.held, earlier.file_bytes, self._history)
 
     def _read_earlier(self, parent: CheckpointId | None) -> _Earlier | None:
         """Read what a generation began with; what can't be read is not referred to, and no more harm than that."""
-        if parent is None or parent in self._pruning:
+        if parent is None:
             return None
         try:
-            loaded = catalog.load_manifest(self.tier, self._job, parent)
+            loaded = self.needs.load(parent)
             sizes = {file: self.tier.size_bytes(f"{self._job}/{file}") for file in loaded.files}
         except CkptdError:
             return None
-        self._files[parent] = loaded.files
         found = stored_contents(loaded)
         return _Earlier(parent, sizes, Held(found.keys(), lambda: found))
 
     def _refuse_committed(self, key: str) -> None:
         """Raise `FencedError` when a checkpoint stands: a second attempt might write its files in another way."""
-        if self._holds(key):
+        if holds(self.tier, key):
             raise FencedError(f"{self.tier.url}/{key} exists already")
 
     def _remember(self, checkpoint: CheckpointId, flushed: Flushed) -> None:
         """Keep what the next flush may refer to, and what a prune must not remove."""
-        with self._lock:
-            self._files[checkpoint] = frozenset(flushed.file_bytes)
-            self._earlier = _Earlier(checkpoint, flushed.file_bytes, flushed.held)
-            self._history = flushed.history
-
-    # --- prune --------------------------------------------------------------------------------------------------
-
-    def prune(self, ids: Sequence[CheckpointId], kept: Collection[CheckpointId]) -> CkptdError | None:
-        """Remove checkpoints, and every file that no remaining one needs; return what went wrong, if anything.
-
-        What remains is what is committed on the tier and not in `ids`, and `kept`. When the manifest of any of it
-        can't be read, nothing is removed, since it may name any file. Neither is anything removed when somebody has
-        claimed a newer generation, whose checkpoints may refer to anything: that is a `FencedError`. A checkpoint
-        that can't be removed does not keep the others.
-
-        Files of checkpoints that were never committed, older than the newest that is, go too.
-        """
-        removed = frozenset(ids)
-        if not removed:
-            return None
-        with self._lock:
-            self._pruning |= removed
-            if self._earlier is not None and self._earlier.id in removed:
-                self._earlier = None
-            self._generation = max([self._generation, *(checkpoint.generation for checkpoint in (*ids, *kept))])
-        try:
-            return self._prune(removed, kept)
-        except CkptdError as error:
-            return error
-        finally:
-            with self._lock:
-                self._pruning -= removed
-
-    def _prune(self, removed: frozenset[CheckpointId], kept: Collection[CheckpointId]) -> CkptdError | None:
-        with self._lock:
-            known_before = set(self._files)
-        listed = catalog.listing(self.tier, self._job)
-        newest = max(listed.generations, default=0)
-        if newest > self._generation:
-            raise FencedError(
-                f"generation {newest} of job {self._job} is claimed on {self.tier.url}, this is {self._generation}",
-                hint="another agent runs the job: what it needs is not known here, so nothing is pruned",
-            )
-        remaining = (listed.committed | frozenset(kept)) - removed
-        with self._lock:
-            for gone in known_before - listed.committed:
-                self._files.pop(gone, None)
-        for checkpoint in sorted(remaining):
-            self._note_files(checkpoint)
-        failures: list[CkptdError] = []
-        for checkpoint in sorted(removed):
-            try:
-                self.tier.delete(keys.manifest_key(self._job, checkpoint))
-            except CkptdError as error:
-                failures.append(error)
-                self._note_files(checkpoint)
-            else:
-                with self._lock:
-                    self._files.pop(checkpoint, None)
-        newest_committed = max(remaining | removed)
-        for file, checkpoint in listed.files.items():
-            is_left_over = checkpoint < newest_committed and checkpoint not in listed.committed
-            if checkpoint in removed or is_left_over:
-                failures += self._delete_unless_needed(file, checkpoint)
-        return failures[-1] if failures else None
-
-    def _note_files(self, checkpoint: CheckpointId) -> None:
-        """Read what a checkpoint needs, unless it is known; one that is not there needs nothing."""
-        with self._lock:
-            if checkpoint in self._files:
-                return
-        with contextlib.suppress(NotFoundError):
-            self._load(checkpoint)
-
-    def _delete_unless_needed(self, file: str, checkpoint: CheckpointId) -> list[CkptdError]:
-        with self._lock:  # held for the delete, so that no flush begins to need the file meanwhile
-            if (
-                checkpoint == self._in_flight
-                or file in self._needed
-                or any(file in needed for needed in (*self._files.values(), *self._expected.values()))
-            ):
-                return []
-            try:
-                self.tier.delete(f"{self._job}/{file}")
-            except CkptdError as error:
-                return [error]
-            return []
+        self.needs.note(checkpoint, flushed.file_bytes)
+        self._earlier = _Earlier(checkpoint, flushed.file_bytes, flushed.held)
+        self._history = flushed.history

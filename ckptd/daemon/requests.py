@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ckptd.config import JobConfig
+from ckptd.config import JobConfig, absolute_job
 from ckptd.core import events as e
 from ckptd.core.job_states import JobState
 from ckptd.daemon.ranks import Rank
 from ckptd.daemon.supervisor import Supervisor
 from ckptd.errors import AgentError, CkptdError, ProtocolError, from_json
 from ckptd.protocol import messages as m
-from ckptd.store_config import absolute_stores
 from ckptd.types import CheckpointId, RaisedException
 
 _STOP_GRACE_S = 60.0
@@ -29,11 +27,11 @@ def from_rank(job: Supervisor, rank: Rank, message: m.Message) -> None:
         case m.Reserve():
             if message.image_bytes <= 0:
                 raise ProtocolError(f"rank {number} asks for slots of {message.image_bytes} bytes")
-            job.reserve(rank, message.image_bytes)
+            job.attendance.reserve(rank, message.image_bytes)
         case m.Open():
             if len(message.files) > _MAX_FILES:
                 raise ProtocolError(f"rank {number} asks for {len(message.files)} files, of at most {_MAX_FILES}")
-            job.open(rank, message.files)
+            job.attendance.open(rank, message.files)
         case m.Restored():
             job.feed(e.RankRestored(number, message.seconds))
         case m.RestoreFailed():
@@ -83,7 +81,7 @@ def attached_config(message: m.Join, folder: Path) -> JobConfig:
     config = JobConfig.from_json(
         {"name": message.job, "command": [], "nproc": message.world_size, "store": "", **message.options}
     )
-    return dataclasses.replace(config, stores=absolute_stores(config.stores, folder))
+    return absolute_job(config, folder)
 
 
 async def control(job: Supervisor, message: m.Control) -> dict[str, Any]:

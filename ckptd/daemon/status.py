@@ -13,6 +13,7 @@ def show(machine: JobMachine, ranks: Mapping[int, Rank]) -> dict[str, Any]:
     """Return the status of a job, from its machine and the ranks that have been admitted."""
     generation, last = machine.generation, machine.keeper.last_committed
     pids = {} if generation is None else generation.pids
+    damaged = sorted(machine.keeper.tiers.damaged, key=lambda source: (source.id, source.tier))
     return {
         "job": machine.spec.job,
         "state": machine.state.value,
@@ -29,6 +30,12 @@ def show(machine: JobMachine, ranks: Mapping[int, Rank]) -> dict[str, Any]:
         ],
         "last_committed": None if last is None else {"step": last.id.step, "tier": last.tier},
         "restarts": machine.recovery.restarts,
+        "scrub": {
+            "last_at": machine.scrubs.last_at,
+            "checked": machine.scrubs.checked,
+            "mended": machine.scrubs.mended,
+            "damaged": [{**source.id._asdict(), "tier": source.tier} for source in damaged],
+        },
     }
 
 

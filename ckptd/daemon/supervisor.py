@@ -20,14 +20,16 @@ from ckptd.core import events as e
 from ckptd.core.job import JobMachine, JobSpec, Now
 from ckptd.core.job_states import TERMINAL
 from ckptd.core.policy.restart import RestartPolicy
-from ckptd.core.restore import MEMORY, Source
+from ckptd.core.prune_events import Collect, MakeRoom, Prune
+from ckptd.core.scrub_events import Mend, Scrub
 from ckptd.daemon.arena import Arena, Budget
+from ckptd.daemon.attendance import Attendance
 from ckptd.daemon.checkpoints import Checkpoints
 from ckptd.daemon.processes import Processes
-from ckptd.daemon.ranks import Rank
+from ckptd.daemon.resuming import OpenTier
 from ckptd.daemon.status import show
 from ckptd.daemon.tiers import spec_of, teller
-from ckptd.errors import AgentError, CkptdError, DamagedError, StateError, unreachable
+from ckptd.errors import AgentError, CkptdError, unreachable
 from ckptd.journal import Journal, entry_now
 from ckptd.log import Logger
 from ckptd.tiers import JobTier
@@ -35,7 +37,6 @@ from ckptd.types import RaisedException
 
 TICK_S = 0.05
 _JOURNAL_EVERY_S = 1.0
-_DISCONNECT_GRACE_S = 2.0
 _ONE_SLOT = "from the announcement of a capture until it is sealed, a restart has to read the disk"
 
 
@@ -50,6 +51,7 @@ class Services:
     socket: str
     pid: int
     logger: Logger
+    open_tier: OpenTier
 
 
 class Supervisor:
@@ -60,8 +62,6 @@ class Supervisor:
     ) -> None:
         self.config = config
         self.ended: asyncio.Future[e.End] = asyncio.get_running_loop().create_future()
-        self.ranks: dict[int, Rank] = {}
-        self._arrived: dict[int, Rank] = {}
         self.processes = processes
         self.stopping = False
         """Whether it was told to stop already."""
@@ -70,7 +70,13 @@ class Supervisor:
         self._arena = Arena(config.name, services.budget, config.slots)
         coordinator, pool, report = services.coordinator, services.pool, teller(self._log)
         self._checkpoints = Checkpoints(
-            config, tiers, coordinator=coordinator, arena=self._arena, pool=pool, report=report
+            config,
+            tiers,
+            coordinator=coordinator,
+            arena=self._arena,
+            pool=pool,
+            report=report,
+            open_tier=services.open_tier,
         )
         self._inputs: deque[e.Input] = deque()
         self._busy = False
@@ -87,6 +93,15 @@ class Supervisor:
             restart=RestartPolicy(config.max_restarts),
         )
         self.machine = JobMachine(spec, services.journal.next_incident(config.name))
+        self.attendance = Attendance(
+            config,
+            self.machine,
+            arena=self._arena,
+            checkpoints=self._checkpoints,
+            feed=self.feed,
+            start=self._spawn_task,
+            logger=self._log,
+        )
         places = [item.tier.url for item in tiers]
         self._log.info("job started", nproc=config.nproc, every_s=config.every_s, store=places)
         if config.slots == 1:
@@ -118,10 +133,17 @@ class Supervisor:
         self.stopping = True
         self.feed(e.StopWanted(grace_s, checkpoint))
 
+    def raised(self, pid: int, number: int, generation: int, exception: RaisedException) -> None:
+        """Remember what a rank says of its end, until the end itself is seen."""
+        if self.processes is not None:
+            self.processes.raised(number, generation, exception)
+        else:
+            self.attendance.raised(pid, number, exception)
+
     @property
     def idle(self) -> bool:
         """Whether it has ended, or may be left alone: nobody is here, and nothing waits for its commit."""
-        busy = self.config.supervised or self.ranks or self._arrived or self.machine.keeper.pending
+        busy = self.config.supervised or any(True for _ in self.attendance) or self.machine.keeper.pending
         return self.ended.done() or not busy
 
     @property
@@ -132,22 +154,21 @@ class Supervisor:
     async def _tick(self) -> None:
         while not self.ended.done():
             await asyncio.sleep(TICK_S)
-            self._look_at_pages()
+            self.attendance.look_at_pages()
             self.feed(e.Tick())
             if self.processes is not None:
                 self.processes.pump()
             if time.monotonic() - self._journaled_at_s > _JOURNAL_EVERY_S:
                 self.write_down()
 
-    def _look_at_pages(self) -> None:
-        """Tell the machine how far the ranks are."""
-        steps = {number: step for number, rank in self.ranks.items() if (step := rank.step)}
-        if steps:
-            self.feed(e.Progress(steps))
+    def _restored(self) -> None:
+        generation = self.machine.generation
+        if generation is not None and generation.all_in(generation.restored):
+            self._checkpoints.withdraw()
 
     def _from_processes(self, event: e.Input) -> None:
         if isinstance(event, (e.RankExited, e.LauncherExited)):
-            self._look_at_pages()  # the page outlives its rank, and says how far it came
+            self.attendance.look_at_pages()  # the page outlives its rank, and says how far it came
         self.feed(event)
 
     # --- effects ----------------------------------------------------------------------------------------------
@@ -161,35 +182,29 @@ class Supervisor:
             case e.Log():
                 getattr(self._log, effect.level)(effect.event, **effect.fields)
             case e.Announce():
-                for rank in self.ranks.values():
-                    rank.announce(effect.step)
+                self.attendance.announce(effect.step)
             case e.Release():
-                if effect.rank in self.ranks:
-                    self.ranks[effect.rank].release(effect.slot)
+                self.attendance.release(effect.rank, effect.slot)
             case e.Flush():
                 self._spawn_task(self._flush(effect))
             case e.Record():
                 self._journal(lambda: self._services.journal.write_incident(effect.incident))
                 self.write_down()
             case e.Admit():
-                self._admit(effect)
+                self.attendance.admit(effect)
             case e.Whole():
-                for rank in self.ranks.values():
-                    rank.capture_whole()
+                self.attendance.capture_whole()
             case e.Dismiss():
-                if effect.rank in self.ranks:
-                    self.ranks[effect.rank].dismiss()
+                self.attendance.dismiss(effect.rank)
             case e.Kill():
                 if self.processes is not None:
                     self.processes.kill(effect.signal)
                 else:
-                    self._let_go()
+                    self.attendance.let_go()
             case e.Spawn():
-                for rank in (*self.ranks.values(), *self._arrived.values()):
-                    rank.close()
-                self.ranks, self._arrived = {}, {}
+                self.attendance.clear()
                 if self.machine.generation is not None and self.machine.generation.offer is not None:
-                    self._prepare(effect.generation, self.machine.generation.offer)  # while the ranks begin
+                    self.attendance.prepare(effect.generation, self.machine.generation.offer)  # while the ranks begin
                 if self.processes is not None:
                     self.processes.spawn(effect.generation, effect.restarts)
             case e.ReadStore():
@@ -200,8 +215,12 @@ class Supervisor:
                 self._spawn_task(self._answer(self._checkpoints.check(effect.source, self.config.nproc)))
             case e.Upload():
                 self._spawn_task(self._answer(self._checkpoints.upload(effect)))
-            case e.Prune():
+            case Prune() | Collect() | MakeRoom():
                 self._spawn_task(self._prune(effect))
+            case Scrub():
+                self._spawn_task(self._answer(self._checkpoints.scrubber.scrub(effect.source)))
+            case Mend():
+                self._spawn_task(self._answer(self._checkpoints.scrubber.mend(effect.source)))
             case e.End():
                 self._spawn_task(self._end(effect))
             case _:
@@ -230,133 +249,31 @@ class Supervisor:
         self.feed(await self._checkpoints.flush(order, self.machine.keeper.book.snapshots))
         self.write_down()
 
-    async def _prune(self, order: e.Prune) -> None:
-        error = await self._checkpoints.prune(order)
-        if error is not None:
-            self._log.warning("prune failed", error=str(error))
-        self._log.debug("checkpoint pruned", steps=[item.step for item in order.ids], reasons=list(order.reasons))
-
-    # --- ranks ------------------------------------------------------------------------------------------------
-
-    def join(self, rank: Rank) -> None:
-        """Take in a rank that asks for its place; it is admitted when its generation is ready."""
-        if not self.config.supervised:
-            rank.watch(lambda: self._attached_gone(rank))
-        # Until it is admitted, whoever has its place now must go on undisturbed.
-        before = self._arrived.get(rank.rank)
-        if before is not None:
-            before.refuse(AgentError(f"another process has come to be rank {rank.rank} of job {self.config.name}"))
-            before.close()
-        self._arrived[rank.rank] = rank
-        self.feed(e.RankJoined(rank.rank, rank.peer.pid))
-
-    def raised(self, pid: int, number: int, generation: int, exception: RaisedException) -> None:
-        """Remember what a rank says of its end, until the end itself is seen."""
-        if self.processes is not None:
-            self.processes.raised(number, generation, exception)
-        elif number in self.ranks and self.ranks[number].peer.pid == pid:
-            self.ranks[number].exception = exception
-
-    def disconnected(self, rank: Rank) -> None:
-        """Take note of a rank that closed its connection, unless it is about to end anyway."""
-        admitted = self.ranks.get(rank.rank) is rank
-        if admitted and not rank.left:
-            asyncio.get_running_loop().call_later(_DISCONNECT_GRACE_S, self._still_disconnected, rank)
-        elif not self.config.supervised:
-            self._attached_gone(rank)  # whatever its process does next has nothing to do with this job
-
-    def _still_disconnected(self, rank: Rank) -> None:
-        generation = self.machine.generation
-        gone = generation is None or rank.rank in generation.gone
-        if self.ranks.get(rank.rank) is rank and not gone and not self.ended.done():
-            self._log.warning("rank disconnected", rank=rank.rank, hint="it trains on unprotected; its stderr says why")
-            self.feed(e.RankLeft(rank.rank, rank.step or 0))
-
-    def _let_go(self) -> None:
-        """End our part in ranks that somebody else has started, and who are not ours to kill."""
-        for rank in list(self.ranks.values()):
-            rank.left = True
-            self._attached_gone(rank)
-
-    def _attached_gone(self, rank: Rank) -> None:
-        place = next((place for place in (self.ranks, self._arrived) if place.get(rank.rank) is rank), None)
-        if place is None:
-            return  # its connection and its process end at the same moment
-        self._look_at_pages()
-        del place[rank.rank]
-        evidence = rank.evidence(time.monotonic())
-        rank.close()
-        self.feed(e.RankExited(rank.rank, rank.peer.pid, evidence))
-
-    def _admit(self, order: e.Admit) -> None:
-        rank = self.ranks[order.rank] = self._arrived.pop(order.rank)
-        rank.place(self.machine.keeper.book.held(order.rank), whole=order.whole)
-        if order.offer is None:
-            rank.admit(order.generation, None)
-        else:
-            self._prepare(order.generation, order.offer)
-            self._spawn_task(self._offer(rank, order.generation, order.offer))
-
-    def _prepare(self, generation: int, source: Source) -> None:
-        keeper = self.machine.keeper
-        in_memory = source.tier == MEMORY
-        snapshot = keeper.order_of(keeper.book.snapshots[source.id]) if in_memory else None
-        self._checkpoints.prepare(generation, source, snapshot)
-
-    async def _offer(self, rank: Rank, generation: int, source: Source) -> None:
-        """Let a rank in once its offer is ready. One that can't be made ready is damaged as far as a restart goes."""
-        try:
-            rank.admit(generation, await self._checkpoints.offer(generation))
-        except (DamagedError, StateError) as error:
-            damage = DamagedError(f"{source} can't be offered: {error.message}", hint=error.hint)
-            self.feed(e.RestoreFailed(rank.rank, source.id, damage))
-            rank.refuse(damage)
-        except CkptdError as error:
-            rank.refuse(error)
-
-    def open(self, rank: Rank, files: Sequence[str]) -> None:
-        """Lend an admitted rank files of what it is offered."""
-        generation = self.machine.generation
-        if generation is None or self.ranks.get(rank.rank) is not rank:
-            raise AgentError(f"rank {rank.rank} of job {self.config.name} is not offered anything")
-        self._spawn_task(self._open(rank, generation.number, files))
-
-    async def _open(self, rank: Rank, generation: int, files: Sequence[str]) -> None:
-        try:
-            rank.lend_files(files, await self._checkpoints.open(generation, files))
-        except CkptdError as error:
-            rank.refuse(error)
-
-    def _restored(self) -> None:
-        generation = self.machine.generation
-        if generation is not None and generation.all_in(generation.restored):
-            self._checkpoints.withdraw()
-
-    def reserve(self, rank: Rank, image_bytes: int) -> None:
-        """Lend a rank slots that are large enough."""
-        rank.waits_for_slots = True
-        self._spawn_task(self._reserve(rank, image_bytes))
-
-    async def _reserve(self, rank: Rank, image_bytes: int) -> None:
-        held = self.machine.keeper.book.held(rank.rank)
-        try:
-            numbers = await asyncio.to_thread(self._arena.reserve, rank.rank, image_bytes, held)
-        except CkptdError as error:
-            rank.waits_for_slots = False
-            rank.refuse(error)
-            self.feed(e.SetupFailed(error))
-            return
-        rank.waits_for_slots = False
-        slots = self._arena.slots(rank.rank)
-        self._log.debug("slots lent", rank=rank.rank, slots=len(numbers), size_bytes=image_bytes)
-        rank.lend(slots, numbers)
-        self.feed(e.SlotsLent(rank.rank, tuple(numbers)))
+    async def _prune(self, order: Prune | Collect | MakeRoom) -> None:
+        match order:
+            case Prune():
+                removed, answer = await self._checkpoints.prune(order)
+            case Collect():
+                removed = await self._checkpoints.collect(order)
+            case MakeRoom():
+                removed, answer = await self._checkpoints.make_room(order)
+        for error in removed.errors[-1:]:
+            self._log.warning("prune failed", tier=order.tier, error=str(error))
+        if not isinstance(order, Collect) and order.ids:
+            self._log.debug("checkpoint pruned", steps=[item.step for item in order.ids], reasons=list(order.reasons))
+        if not isinstance(order, Prune):
+            fields = {"tier": order.tier, "files": removed.files, "freed_bytes": removed.freed_bytes}
+            fields |= {"records": removed.records, "swept": list(removed.swept)}
+            level = "info" if isinstance(order, MakeRoom) else "debug"
+            getattr(self._log, level)("garbage collected", **fields)
+        if not isinstance(order, Collect):
+            self.feed(answer)
 
     # --- views ------------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
         """Return the shape of `ckptctl status --json`."""
-        return show(self.machine, self.ranks)
+        return show(self.machine, self.attendance.admitted)
 
     def write_down(self) -> None:
         """Write the job's state to the journal."""
@@ -379,19 +296,14 @@ class Supervisor:
     async def _end(self, end: e.End) -> None:
         if self.processes is not None:
             await self.processes.close()
-        for rank in self.ranks.values():
-            rank.dismiss()
-        # A rank that waits must not take our end for a reason to begin afresh.
-        for rank in (*self._arrived.values(), *(item for item in self.ranks.values() if item.waits_for_slots)):
-            rank.refuse(end.error or AgentError(f"job {self.config.name} is {end.outcome}"))
+        self.attendance.end(end.error or AgentError(f"job {self.config.name} is {end.outcome}"))
         self.write_down()
         level = "info" if end.error is None else "error"
         getattr(self._log, level)("job ended", outcome=end.outcome, error=None if end.error is None else str(end.error))
         others = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in others:
             task.cancel()
-        for rank in (*self.ranks.values(), *self._arrived.values()):
-            rank.close()
+        self.attendance.clear()
         await asyncio.gather(*others, return_exceptions=True)
         self._checkpoints.withdraw()
         await asyncio.gather(asyncio.to_thread(self._arena.close), self._checkpoints.close())

@@ -11,28 +11,41 @@ from ckptd.config import JobConfig
 from ckptd.core import lineage
 from ckptd.core.events import StoreRead
 from ckptd.core.job_spec import TierSpec
-from ckptd.core.policy.retention import Best, RetentionPolicy
 from ckptd.core.restore import Source
-from ckptd.errors import CkptdError
+from ckptd.errors import CkptdError, FencedError, RefusedError
 from ckptd.log import Logger
 from ckptd.plugin.manager import PluginManager
 from ckptd.storage import catalog
-from ckptd.storage.tier import Cost, Tier
+from ckptd.storage.tier import Capabilities, Cost, Tier
+from ckptd.storage.wrappers.forwarding import ForwardingTier
 from ckptd.storage.wrappers.retry import RetryingTier, RetryPolicy
-from ckptd.tiers import JobTier, open_stores
+from ckptd.storage.wrappers.verify import VerifyingTier
+from ckptd.tiers import JobTier, open_stores, retention_of
 from ckptd.types import CheckpointId, Held
 
 Report = Callable[[str, Mapping[str, Any]], None]
 """Told what happens on a tier: an event and its fields, from any thread."""
 _PATIENCE = RetryPolicy(deadline_s=15.0)
 """What takes longer is for those who decide: an upload is tried again as a whole, a restore takes another copy."""
+HOLD_PATIENCE_S = 10.0
+"""How long a new agent waits for the one before it to be gone."""
+_MOMENT_S = 0.5
+_SCRUB_S = 86400.0
+"""How long a copy on a disk of this node is trusted. Behind a network reading costs money: nothing is read unasked."""
 _LEVELS = {
+    "checkpoint damaged": "error",
     "claim postponed": "warning",
     "copy unusable": "error",
     "fetching": "info",
+    "file damaged": "warning",
     "file fetched": "info",
-    "file wanted": "info",
+    "file wanted": "debug",
     "manifest damaged": "error",
+    "resume not needed": "info",
+    "resumed": "info",
+    "resuming": "info",
+    "store held": "warning",
+    "store not held": "warning",
     "tier retries": "warning",
 }
 
@@ -49,29 +62,65 @@ def teller(log: Logger) -> Report:
 def spec_of(item: JobTier) -> TierSpec:
     """Return what the machine needs to know of a tier."""
     config = item.config
-    best = config.best
     return TierSpec(
         item.name,
-        RetentionPolicy(
-            keep_last=config.keep_last,
-            keep_every_s=config.keep_every_s,
-            keep_every_steps=config.keep_every_steps,
-            keep_best=None if best is None else Best(*best),
-            keep_tagged=config.keep_tagged,
-            max_bytes=config.max_bytes,
-        ),
+        retention_of(config),
         every_s=config.every_s,
         backlog=config.backlog,
+        scrub_s=_scrub_s(item),
     )
 
 
-def open_tiers(config: JobConfig, plugins: PluginManager, home: Path, report: Report) -> tuple[JobTier, ...]:
-    """Open all tiers of a job for its agent; raises the `StoreError` of one that can't be written."""
+def _scrub_s(item: JobTier) -> float:
+    if item.config.scrub_s is not None:
+        return item.config.scrub_s
+    return _SCRUB_S if item.tier.capabilities.lends_files else 0.0
+
+
+def open_tiers(
+    config: JobConfig, plugins: PluginManager, home: Path, report: Report, *, patience_s: float = HOLD_PATIENCE_S
+) -> tuple[JobTier, ...]:
+    """Open all tiers of a job for its agent, and hold the job on those that can do that until they are closed.
+
+    Raises the `StoreError` of a tier that can't be written, and `FencedError` when somebody else still holds the job
+    on one after `patience_s`. Nothing is held then.
+    """
     opened = open_stores(config.stores, plugins, home)
-    tiers = tuple(dataclasses.replace(item, tier=_patient(item.name, item.tier, report)) for item in opened)
-    for item in tiers:
-        item.tier.check_writable()
-    return tiers
+    tiers = tuple(dataclasses.replace(item, tier=patient(item.name, item.tier, report)) for item in opened)
+    try:
+        for item in tiers:
+            item.tier.check_writable()
+        return tuple(_held(item, config.name, patience_s, report) for item in tiers)
+    except CkptdError:
+        for item in tiers:
+            item.tier.close()
+        raise
+
+
+class _Unheld(ForwardingTier):
+    """A tier that turned out to have no locks, and says so to those who rely on being alone there."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Those of the tier within, but for the hold."""
+        return dataclasses.replace(self._inner.capabilities, exclusive_hold=False)
+
+
+def _held(item: JobTier, job: str, patience_s: float, report: Report) -> JobTier:
+    """Hold a job on a tier that can do that; who has it may be about to end."""
+    if not item.tier.capabilities.exclusive_hold:
+        return item
+    try:
+        item.tier.hold(job, min(patience_s, _MOMENT_S))
+    except RefusedError as error:
+        report("store not held", {"tier": item.name, "error": str(error)})
+        return dataclasses.replace(item, tier=_Unheld(item.tier))
+    except FencedError as error:
+        if patience_s <= _MOMENT_S:
+            raise
+        report("store held", {"tier": item.name, "wait_s": patience_s, "error": error.message})
+        item.tier.hold(job, patience_s - _MOMENT_S)
+    return item
 
 
 def read(tiers: Sequence[JobTier], job: str) -> StoreRead:
@@ -106,7 +155,7 @@ def read(tiers: Sequence[JobTier], job: str) -> StoreRead:
     return StoreRead(sources, lineage.latest_generation(parents, everywhere), held, unread)
 
 
-def _patient(name: str, tier: Tier, report: Report) -> Tier:
+def patient(name: str, tier: Tier, report: Report) -> Tier:
     """Return a tier whose passing troubles are waited out, when there are any to expect."""
     if tier.capabilities.cost is not Cost.NETWORK:
         return tier
@@ -117,4 +166,5 @@ def _patient(name: str, tier: Tier, report: Report) -> Tier:
             {"tier": name, "call": what, "attempt": attempt, "in_s": round(delay_s, 2), "error": str(error)},
         )
 
-    return RetryingTier(tier, _PATIENCE, report=retried)
+    # A server, or what stands before it, may say that it has what it has not: nothing is committed upon that.
+    return VerifyingTier(RetryingTier(tier, _PATIENCE, report=retried), reads=False)

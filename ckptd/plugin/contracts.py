@@ -35,6 +35,28 @@ class FrameworkSpec:
     """Modules that a launcher which preloads `trigger` should preload too, because nearly every script needs them."""
 
 
+@dataclass(frozen=True, slots=True)
+class FormatSpec:
+    """Names a format that checkpoints are exported to or imported from, without importing what that needs.
+
+    Targets are "module:attribute" and imported when they are used; an empty one says that the format can't do that.
+    """
+
+    name: str
+    about: str
+    """What it is, in a few words."""
+    exporter: str = ""
+    """An `Exporter`."""
+    importer: str = ""
+    """An `Importer`."""
+    signs: tuple[str, ...] = ()
+    """Patterns of names: a file of such a name is of this format, and so is a folder that has such a file."""
+    splits: bool = False
+    """Whether the exporter heeds how much may go into one file."""
+    extra: str = ""
+    """The extra of ckptd that brings what the targets import."""
+
+
 class Detector(Protocol):
     """Turns observations into evidence. Pure, fast, and never blocking: it runs in the agent's loop."""
 

@@ -60,6 +60,10 @@ class GuardedTier:
         """Remove what killed puts have left."""
         return self._call(f"sweep {prefix}", self._tier.sweep, prefix, older_than_s)
 
+    def hold(self, job: str, deadline_s: float) -> None:
+        """Keep every other process from holding a job's keys."""
+        self._call(f"hold {job}", self._tier.hold, job, deadline_s)
+
     def close(self) -> None:
         """Let go of connections and threads."""
         self._call("close", self._tier.close)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pluggy
 
-from ckptd.plugin.contracts import Detector, FrameworkSpec, TierFactory
+from ckptd.plugin.contracts import Detector, FormatSpec, FrameworkSpec, TierFactory
 
 PROJECT = "ckptd"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -27,3 +27,8 @@ def ckptd_detectors() -> list[Detector]:  # type: ignore[empty-body]
 @hookspec
 def ckptd_frameworks() -> list[FrameworkSpec]:  # type: ignore[empty-body]
     """Return the framework adapters that ranks may use to capture and restore their objects."""
+
+
+@hookspec
+def ckptd_formats() -> list[FormatSpec]:  # type: ignore[empty-body]
+    """Return the formats that `ckptctl export` and `import` know."""

@@ -12,7 +12,8 @@ import pluggy
 
 from ckptd.errors import CkptdError, PluginError, StoreError
 from ckptd.plugin import hookspecs
-from ckptd.plugin.contracts import Detector, FrameworkSpec, TierFactory
+from ckptd.plugin.contracts import Detector, FormatSpec, FrameworkSpec, TierFactory
+from ckptd.plugin.formats import Formats
 from ckptd.plugin.guarded import GuardedTier
 from ckptd.storage.tier import Tier
 from ckptd.types import Evidence, RankExit
@@ -49,6 +50,7 @@ class PluginManager:
         self.tiers: list[TierFactory] = self._collect("ckptd_tiers", _is_tier_factory)
         self.detectors: list[Detector] = self._collect("ckptd_detectors", _is_detector)
         self.frameworks: list[FrameworkSpec] = self._collect("ckptd_frameworks", _is_framework_spec)
+        self.formats = Formats(self._collect("ckptd_formats", _is_format_spec), _call_format)
 
     def _load(self, entry: EntryPoint) -> None:
         if entry.name in self.loaded:
@@ -134,6 +136,10 @@ def _is_framework_spec(item: object) -> bool:
     return isinstance(item, FrameworkSpec)
 
 
+def _is_format_spec(item: object) -> bool:
+    return isinstance(item, FormatSpec)
+
+
 def _is_detector(item: object) -> bool:
     return isinstance(getattr(item, "name", None), str) and callable(getattr(item, "on_exit", None))
 
@@ -153,6 +159,16 @@ def _call_tier(name: str, what: str, function: Callable[..., Result], *arguments
         raise
     except _ANYTHING as error:
         raise StoreError(f"tier {name} failed to {what}: {type(error).__name__}: {error}") from error
+
+
+def _call_format(name: str, function: Callable[..., Result], *arguments: object) -> Result:
+    """Call what a format's target is; a fault that its contract does not know becomes a `PluginError`."""
+    try:
+        return function(*arguments)
+    except (CkptdError, OSError):
+        raise
+    except _ANYTHING as error:
+        raise PluginError(f"format {name} failed: {type(error).__name__}: {error}") from error
 
 
 def _open(factory: TierFactory, url: str, options: Mapping[str, Any]) -> Tier:

@@ -351,6 +351,6 @@ def _fits(value: object, wanted: Any) -> bool:
         return isinstance(value, dict) and all(_fits(part, item) for part in value.values())
     if wanted is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if wanted is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if wanted is int:  # none is larger than a word of the control page
+        return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64
     return isinstance(value, wanted)

@@ -64,8 +64,8 @@ class ControlPage:
             self.words[Word.SLOT_SEALED + slot] = 1
 
     def announce(self, step: int | None) -> None:
-        """Write the step to capture next, None for no capture (agent)."""
-        self.words[Word.CAPTURE_STEP] = NEVER if step is None else step
+        """Write the step to capture next, None for no capture (agent); a step too large for a word is never reached."""
+        self.words[Word.CAPTURE_STEP] = NEVER if step is None else min(step, NEVER)
 
     def release(self, slot: int) -> None:
         """Let the rank write a sealed slot again (agent)."""

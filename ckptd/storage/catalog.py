@@ -9,16 +9,16 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ckptd.errors import CkptdError, DamagedError, FencedError, NotFoundError
 from ckptd.storage import flight, image, keys, manifest
-from ckptd.storage.checks import checks_of, what_is_lost
+from ckptd.storage.checks import FileChecks, checks_of, what_is_lost
 from ckptd.storage.digest import shard_digest, tensor_digest
 from ckptd.storage.file_stream import Progress, examine
 from ckptd.storage.manifest import Manifest, ShardContent
 from ckptd.storage.tier import Pace, Tier
-from ckptd.types import CheckpointId, Held
+from ckptd.types import CheckpointId, Held, Marker, StoredFile
 
 _READS_AT_ONCE = 8
 Item = TypeVar("Item")
@@ -35,16 +35,11 @@ class Holdings:
 
 def holdings(tier: Tier, job: str) -> Holdings:
     """List a job on a tier by keys alone; only the small generation records are read."""
-    parents: dict[int, CheckpointId | None] = {}
-    committed: list[CheckpointId] = []
-    for entry in tier.list(f"{job}/"):
-        checkpoint = keys.parse_manifest_key(entry.key)
-        if checkpoint is not None:
-            committed.append(checkpoint)
-        generation = keys.parse_generation_key(entry.key)
-        if generation is not None:
-            parents[generation] = _read_parent(tier, entry.key)
-    return Holdings(parents, tuple(sorted(committed)))
+    listed = listing(tier, job)
+    generations = sorted(listed.generations)
+    found = zip(generations, in_parallel(partial(_read_record, tier, job), generations), strict=True)
+    parents = {generation: record.parent for generation, record in found if record is not None}
+    return Holdings(parents, tuple(sorted(listed.committed)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,28 +49,35 @@ class Listing:
     generations: frozenset[int]
     """Those that somebody has claimed."""
     committed: frozenset[CheckpointId]
-    files: Mapping[str, CheckpointId]
-    """Every other file of a checkpoint, seen from the job's folder, with the checkpoint in whose folder it lies."""
+    markers: tuple[Marker, ...]
+    """Of checkpoints that were removed, of which nothing has gone yet."""
+    files: Mapping[str, StoredFile]
+    """Every other file in the folder of a checkpoint, by its name as seen from the job's folder."""
 
 
 def listing(tier: Tier, job: str) -> Listing:
     """List a job on a tier; nothing is read."""
     generations: set[int] = set()
     committed: set[CheckpointId] = set()
-    files: dict[str, CheckpointId] = {}
+    markers: list[Marker] = []
+    files: dict[str, StoredFile] = {}
     for entry in tier.list(f"{job}/"):
         generation, manifest_of, lies_in = (
             keys.parse_generation_key(entry.key),
             keys.parse_manifest_key(entry.key),
             keys.parse_folder(entry.key),
         )
+        marked = keys.parse_marker_key(entry.key)
         if generation is not None:
             generations.add(generation)
         elif manifest_of is not None:
             committed.add(manifest_of)
+        elif marked is not None:
+            markers.append(Marker(*marked, entry.size_bytes))
         elif lies_in is not None:
-            files[entry.key.removeprefix(f"{job}/")] = lies_in
-    return Listing(frozenset(generations), frozenset(committed), files)
+            name = entry.key.removeprefix(f"{job}/")
+            files[name] = StoredFile(name, lies_in, entry.size_bytes, entry.modified_at)
+    return Listing(frozenset(generations), frozenset(committed), tuple(markers), files)
 
 
 def jobs(tier: Tier) -> list[str]:
@@ -83,23 +85,44 @@ def jobs(tier: Tier) -> list[str]:
     return sorted({entry.key.split("/", 1)[0] for entry in tier.list("") if keys.parse_generation_key(entry.key)})
 
 
-def claim_generation(tier: Tier, job: str, generation: int, parent: CheckpointId | None, created_at: float) -> None:
-    """Record a generation on a tier; raises `FencedError` when somebody else has claimed that number."""
-    document = {
+def claim_generation(
+    tier: Tier,
+    job: str,
+    generation: int,
+    parent: CheckpointId | None,
+    created_at: float,
+    *,
+    resumed_from: Mapping[str, Any] | None = None,
+) -> None:
+    """Record a generation on a tier; raises `FencedError` when somebody else has claimed that number.
+
+    `resumed_from` says whose checkpoint was taken over with it; it is for people, nobody reads it.
+    """
+    document: dict[str, Any] = {
         "job": job,
         "generation": generation,
         "parent": None if parent is None else parent._asdict(),
         "created_at": created_at,
         "claim": os.urandom(8).hex(),  # no two are alike: a lost answer is told from a lost race
     }
+    if resumed_from is not None:
+        document["resumed_from"] = dict(resumed_from)
     tier.put(keys.generation_key(job, generation), json.dumps(document).encode() + b"\n", create_only=True)
 
 
-def _read_parent(tier: Tier, key: str) -> CheckpointId | None:
+class _Record(NamedTuple):
+    parent: CheckpointId | None
+
+
+def _read_record(tier: Tier, job: str, generation: int) -> _Record | None:
+    """Read what a generation began with; None when its record was removed meanwhile."""
+    key = keys.generation_key(job, generation)
     try:
         document = json.loads(tier.get(key))
         parent = document["parent"]
-        return None if parent is None else CheckpointId(int(parent["generation"]), int(parent["step"]))
+        return _Record(None if parent is None else CheckpointId(int(parent["generation"]), int(parent["step"])))
+    except NotFoundError:
+        return None
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DamagedError(
             f"the generation record {tier.url}/{key} can't be read",
@@ -151,13 +174,26 @@ def verify(
     problems: list[str] = []
     for file, checks in checks_of(loaded, headers=True).items():
         try:
-            found = examine(tier, f"{job}/{file}", checks, pace=pace, progress=progress)
-        except NotFoundError:
-            found = [f"the file is missing, and {what_is_lost(checks)} in it"]
+            problems += verify_file(tier, job, checks, pace=pace, progress=progress)
         except CkptdError as error:
-            found = [error.message]
-        problems += [f"{file}: {problem}" for problem in found]
+            problems.append(f"{file}: {error.message}")
     return problems
+
+
+def verify_file(
+    tier: Tier, job: str, checks: FileChecks, *, pace: Pace | None = None, progress: Progress | None = None
+) -> list[str]:
+    """Check one file that a checkpoint needs and return every problem in words.
+
+    Raises the `StoreError` of a tier that can't be read now, which says nothing about the file.
+    """
+    try:
+        found = examine(tier, f"{job}/{checks.file}", checks, pace=pace, progress=progress)
+    except NotFoundError:
+        found = [f"the file is missing, and {what_is_lost(checks)} in it"]
+    except DamagedError as error:
+        found = [error.message]
+    return [f"{checks.file}: {problem}" for problem in found]
 
 
 # --- what retention asks about ----------------------------------------------------------------------------------
@@ -183,7 +219,7 @@ def held(tier: Tier, job: str, *, with_values: bool) -> list[Held]:
         )
         if manifest_of is not None:
             committed_at[manifest_of] = entry.modified_at
-        elif lies_in is not None:
+        elif lies_in is not None and keys.parse_marker_key(entry.key) is None:
             sizes[lies_in] += entry.size_bytes
         elif tag is not None:
             names.append(tag)
@@ -193,7 +229,7 @@ def held(tier: Tier, job: str, *, with_values: bool) -> list[Held]:
     found = [Held(item, at, sizes[item], {}, tagged[item]) for item, at in sorted(committed_at.items())]
     if not with_values:
         return found
-    return [item for item in _in_parallel(partial(_with_values, tier, job), found) if item is not None]
+    return [item for item in in_parallel(partial(_with_values, tier, job), found) if item is not None]
 
 
 def _with_values(tier: Tier, job: str, known: Held) -> Held | None:
@@ -257,7 +293,7 @@ def remove_tag(tier: Tier, job: str, tag: str) -> None:
 
 
 def _read_tags(tier: Tier, job: str, names: Sequence[str]) -> dict[str, Tag]:
-    found = zip(names, _in_parallel(partial(_read_listed_tag, tier, job), names), strict=True)
+    found = zip(names, in_parallel(partial(_read_listed_tag, tier, job), names), strict=True)
     return {name: tag for name, tag in found if tag is not None}
 
 
@@ -278,7 +314,7 @@ def _read_tag(tier: Tier, job: str, tag: str) -> Tag:
         ) from error
 
 
-def _in_parallel(read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def in_parallel(read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """Read small objects, several at a time: far away each takes its time, and none of it is ours."""
     found: dict[int, Result] = {}
 

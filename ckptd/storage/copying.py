@@ -7,10 +7,10 @@ interrupted goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from ckptd.errors import FencedError, NotFoundError
+from ckptd.errors import FencedError, NotFoundError, StoreError
 from ckptd.storage import catalog, flight, keys
 from ckptd.storage.checks import FileChecks, checks_of
 from ckptd.storage.file_stream import Progress, TierStream
@@ -20,6 +20,8 @@ from ckptd.types import CheckpointId
 
 FILES_AT_ONCE = 2
 """Each is read and put in several requests at once already; a second one fills the pauses at its beginning and end."""
+
+_LOOKS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +82,52 @@ def upload(
     pace: Pace | None = None,
     threads: int = FILES_AT_ONCE,
     progress: Progress | None = None,
+    ours: Callable[[], int] | None = None,
 ) -> Copied:
     """Commit a checkpoint of one tier on another: all files that it needs, then the same manifest.
 
     It may be killed anywhere and be repeated: nothing is committed before everything is there, and what is there is
-    not sent again. Raises `FencedError` when another manifest stands on the target.
+    not sent again. Right before the commit it is looked whether what was there still is: another agent may have pruned
+    it, which raises a `StoreError`.
+
+    Raises `FencedError` when another manifest stands on the target, or a generation is claimed there that is newer
+    than `ours`, which is asked after the look: ours may be claimed meanwhile.
     """
     document, loaded = catalog.read_manifest(source, job, checkpoint)
     if _is_committed(target, job, checkpoint, document):
         return Copied((), 0)
     copied = copy_files(source, target, job, loaded, loaded.files, pace=pace, threads=threads, progress=progress)
+    _look_again(source, target, job, loaded, sent=copied.files)
+    if ours is not None:
+        _refuse_newer(target, job, ours)
     commit(target, job, checkpoint, document)
     return copied
+
+
+def _look_again(source: Tier, target: Tier, job: str, loaded: Manifest, *, sent: Collection[str]) -> None:
+    """Raise `StoreError` unless what need not be sent is still there."""
+    checks = checks_of(loaded, headers=False)
+
+    def look(file: str) -> None:
+        key = f"{job}/{file}"
+        if not _has(target, key, source.size_bytes(key), checks[file]):
+            raise StoreError(
+                f"{target.url}/{key} was there when the upload of {loaded.id} began, and is gone",
+                hint="another agent prunes there, or somebody has removed it; the next attempt sends it",
+            )
+
+    flight.run(sorted(loaded.files.difference(sent)), lambda: look, _LOOKS_AT_ONCE)
+
+
+def _refuse_newer(target: Tier, job: str, ours: Callable[[], int]) -> None:
+    listed = (keys.parse_generation_key(entry.key) for entry in target.list(f"{job}/g"))
+    newest = max((number for number in listed if number is not None), default=0)
+    known = ours()
+    if newest > known:
+        raise FencedError(
+            f"generation {newest} of job {job} is claimed on {target.url}, this is {known}",
+            hint="another agent runs the job, with a disk of its own: stop one of them",
+        )
 
 
 def commit(target: Tier, job: str, checkpoint: CheckpointId, document: bytes) -> None:

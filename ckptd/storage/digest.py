@@ -31,6 +31,14 @@ def digest(data: memoryview | bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+def digest_of_parts(parts: Iterable[bytes]) -> str:
+    """Return the digest of parts end to end, without putting them together."""
+    found = xxhash.xxh3_128()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
+
+
 def digests(data: memoryview, parts: Iterable[slice]) -> list[str]:
     """Return the digests of parts of `data`, with as little as possible besides for each: they may be small."""
     digest_of = xxhash.xxh3_128_hexdigest

@@ -21,6 +21,7 @@ STALL_S = 60.0
 """How long a source may take to answer one request before another copy is tried."""
 _PATIENCE = 10
 """So many times longer the last source may take: there is no other to turn to, and slow is better than nothing."""
+_MISSING = "the file is missing"
 Report = Callable[[str, Mapping[str, Any]], None]
 """Called with an event in words and its fields, from any thread."""
 
@@ -124,7 +125,7 @@ class _Errand:
         try:
             return examine(self.target, f"{self.job}/{checks.file}", checks, pace=self.pace)
         except NotFoundError:
-            return ["the file is missing"]
+            return [_MISSING]
         except CkptdError as error:
             return [error.message]
 
@@ -254,7 +255,10 @@ def _bring(errand: _Errand, loaded: Manifest, trust: Collection[str]) -> Fetched
         if not found:
             origins[checks.file] = errand.target.name
             return
-        errand.report("file wanted", {"tier": errand.target.name, "file": checks.file, "why": found[0]})
+        if found[0] == _MISSING:
+            errand.report("file wanted", {"tier": errand.target.name, "file": checks.file})
+        else:
+            errand.report("file damaged", {"tier": errand.target.name, "file": checks.file, "error": found[0]})
         came = errand.replace(checks)
         if isinstance(came, CkptdError):
             raise came

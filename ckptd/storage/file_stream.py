@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from ckptd.errors import CkptdError, DamagedError, StoreError, invariant
 from ckptd.storage import flight
@@ -18,7 +18,7 @@ from ckptd.storage.checks import FileChecks, Unit, lost_beyond, problems, units
 from ckptd.storage.digest import LEAF_BYTES
 from ckptd.storage.direct import AlignedBuffer
 from ckptd.storage.image import BLOCK_BYTES, round_up
-from ckptd.storage.tier import Cost, Pace, Tier
+from ckptd.storage.tier import Capabilities, Cost, Pace, Tier
 
 _UNIT_BYTES = LEAF_BYTES
 _FAR_UNIT_BYTES = 2 * LEAF_BYTES
@@ -29,6 +29,24 @@ _EXAMINERS = 4
 Progress = Callable[[int], None]
 """Called with a number of bytes after they were read, from any thread."""
 Result = TypeVar("Result")
+
+
+class Readable(Protocol):
+    """What of a tier is needed to read a file of it."""
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        ...
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do by itself."""
+        ...
+
+    def read_into(self, key: str, offset: int, into: memoryview) -> None:
+        """Fill all of `into` from `offset` of a file."""
+        ...
 
 
 class TierStream:
@@ -44,7 +62,7 @@ class TierStream:
 
     def __init__(
         self,
-        tier: Tier,
+        tier: Readable,
         key: str,
         size_bytes: int,
         checks: FileChecks,
@@ -204,7 +222,7 @@ def examine(
 class _File:
     """An object whose size is known, and how it is read."""
 
-    tier: Tier
+    tier: Readable
     key: str
     size_bytes: int
     stall_s: float | None

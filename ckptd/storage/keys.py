@@ -3,6 +3,7 @@
     <job>/g<generation:06d>/generation.json
     <job>/g<generation:06d>/s<step:012d>/rank-00000.safetensors ...
     <job>/g<generation:06d>/s<step:012d>/manifest.json
+    <job>/g<generation:06d>/s<step:012d>/deleted-<unix seconds>.json
     <job>/tags/<name>.json
 
 A zombie of an old generation can only write under its own prefix, and names sort in the order of time.
@@ -21,6 +22,7 @@ _JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHARD_FILE = re.compile(r"g\d{6,}/s\d{12,}/rank-\d{5,}\.safetensors")
 _FOLDER = re.compile(r"[^/]+/g(?P<generation>\d{6,})/s(?P<step>\d{12,})/")
 _MANIFEST_KEY = re.compile(r"(?P<job>[^/]+)/g(?P<generation>\d{6,})/s(?P<step>\d{12,})/manifest\.json")
+_MARKER_KEY = re.compile(r"[^/]+/g(?P<generation>\d{6,})/s(?P<step>\d{12,})/deleted-(?P<at>\d{1,15})\.json")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _TAG_KEY = re.compile(rf"[^/]+/tags/(?P<tag>{_TAG.pattern})\.json")
 _GENERATION_KEY = re.compile(r"(?P<job>[^/]+)/g(?P<generation>\d{6,})/generation\.json")
@@ -61,6 +63,11 @@ def manifest_key(job: str, checkpoint: CheckpointId) -> str:
     return checkpoint_prefix(job, checkpoint) + MANIFEST
 
 
+def marker_key(job: str, checkpoint: CheckpointId, deleted_at: float) -> str:
+    """Return the key that a checkpoint's manifest has from its removal at `deleted_at` until its files go."""
+    return f"{checkpoint_prefix(job, checkpoint)}deleted-{int(deleted_at)}.json"
+
+
 def shard_file(rank: int) -> str:
     """Return the file name of a rank's shard."""
     return f"rank-{rank:05d}.safetensors"
@@ -80,6 +87,12 @@ def parse_manifest_key(key: str) -> CheckpointId | None:
     """Return which checkpoint a key commits, None when it is no manifest's key."""
     match = _MANIFEST_KEY.fullmatch(key)
     return CheckpointId(int(match["generation"]), int(match["step"])) if match else None
+
+
+def parse_marker_key(key: str) -> tuple[CheckpointId, int] | None:
+    """Return the removal of which checkpoint a key marks, and when that was; None when it marks none."""
+    match = _MARKER_KEY.fullmatch(key)
+    return (CheckpointId(int(match["generation"]), int(match["step"])), int(match["at"])) if match else None
 
 
 def parse_folder(key: str) -> CheckpointId | None:

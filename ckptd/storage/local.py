@@ -21,6 +21,7 @@ from ckptd.errors import DamagedError, FencedError, FullError, NotFoundError, Re
 from ckptd.storage import direct
 from ckptd.storage.folders import make_folders, sync_folder
 from ckptd.storage.hints import hint_for
+from ckptd.storage.holding import NO_LOCKS, Holds
 from ckptd.storage.image import BLOCK_BYTES
 from ckptd.storage.spares import Spares
 from ckptd.storage.stream import Stream, piece, stream_of
@@ -30,13 +31,15 @@ _DIRECT_MIN_BYTES = 2**20
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 _TEMPORARY = ".tmp-"
 _SPARES = f"{_TEMPORARY}spares"
+_PROBE = "-probe"
+_HIDDEN = (_TEMPORARY, ".ckptd-")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, *NO_LOCKS)
 _FOLDER_ATTEMPTS = 10
 
 
 class LocalTier:
-    """A folder as a tier. Keys are paths below it; temporary files start with ``.tmp-`` and are nobody's objects."""
+    """A folder as a tier. Keys are paths below it; what starts with ``.tmp-`` or ``.ckptd-`` is nobody's object."""
 
     name = "local"
     capabilities = Capabilities(
@@ -46,6 +49,7 @@ class LocalTier:
         multipart=False,
         server_checksum=False,
         consistent_list=True,
+        exclusive_hold=True,
         lends_files=True,
         cost=Cost.DISK,
         failure_group=FailureGroup.NODE,
@@ -53,8 +57,9 @@ class LocalTier:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._spares = Spares(root / _SPARES)
-        weakref.finalize(self, self._spares.close)  # at the end of the process at the latest
+        self._spares, self._holds = Spares(root / _SPARES), Holds()
+        for resource in (self._spares, self._holds):
+            weakref.finalize(self, resource.close)  # at the end of the process at the latest
 
     @property
     def url(self) -> str:
@@ -80,8 +85,12 @@ class LocalTier:
                 _link_new(temporary, path)
             else:
                 temporary.rename(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        except BaseException:
+            _drop(temporary)
+            self._remove_empty_folders(path)
+            raise
+        if create_only:
+            _drop(temporary)
         sync_folder(path.parent)
 
     def _with_room(self, act: Callable[[], None]) -> None:
@@ -138,7 +147,7 @@ class LocalTier:
     def _walk(self, folder: Path, key_prefix: str, start: str = "") -> Iterator[Entry]:
         with os.scandir(folder) as items:
             for item in items:
-                if not item.name.startswith(start) or item.name.startswith(_TEMPORARY):
+                if not item.name.startswith(start) or item.name.startswith(_HIDDEN):
                     continue
                 try:
                     if item.is_dir(follow_symlinks=False):
@@ -160,6 +169,9 @@ class LocalTier:
             return  # its folder went with somebody else's delete
         except OSError as error:
             raise _failed("delete", path, error) from error
+        self._remove_empty_folders(path)
+
+    def _remove_empty_folders(self, path: Path) -> None:
         for folder in path.parents:
             if folder == self.root:
                 break
@@ -169,17 +181,20 @@ class LocalTier:
                 break  # not empty, or gone
 
     def sweep(self, prefix: str, older_than_s: float) -> Sequence[str]:
-        """Remove temporary files; spares are nobody's either, but they look after themselves."""
+        """Remove temporary files, spares of processes that are gone, and empty folders."""
         folder, before_s = self.root / prefix.rpartition("/")[0], time.time() - older_than_s
         removed = []
         try:
-            for path in folder.rglob(f"{_TEMPORARY}*"):
+            for path in (*folder.rglob(f"{_TEMPORARY}*"), *self.root.glob(f"{_TEMPORARY}*{_PROBE}")):
                 if _SPARES in (path.parent.name, path.name):
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     if path.stat().st_mtime < before_s:
                         path.unlink()
+                        self._remove_empty_folders(path)
                         removed.append(f"temporary file {path}")
+            removed += [f"spare {path}" for path in self._spares.sweep(before_s)]
+            removed += [f"empty folder {path}" for path in _remove_old_folders(folder, before_s)]
         except OSError as error:
             raise _failed("sweep", folder, error) from error
         return removed
@@ -192,16 +207,47 @@ class LocalTier:
         except OSError as error:
             raise _failed("write to", self.root, error) from error
 
+    def hold(self, job: str, deadline_s: float) -> None:
+        """Lock a hidden file of the job."""
+        path = self.root / f".ckptd-hold-{job}"
+        try:
+            make_folders(self.root)
+            self._holds.take(f"job {job}", path, deadline_s)
+        except OSError as error:
+            raise _failed("lock", path, error) from error
+
     def close(self) -> None:
-        """Let go of spares; nothing else is held."""
+        """Let go of jobs and spares; nothing else is held."""
+        self._holds.close()
         self._spares.close()
 
     def _probe(self) -> None:
-        probe = self.root / f"{_TEMPORARY}{os.urandom(8).hex()}-probe"
+        probe = self.root / f"{_TEMPORARY}{os.urandom(8).hex()}{_PROBE}"
         try:
             probe.write_bytes(b"ckptd")
         finally:
             probe.unlink(missing_ok=True)
+
+
+def _drop(temporary: Path) -> None:
+    """Remove a temporary file; where that fails, a sweep does it later: what became of the put is said already."""
+    with contextlib.suppress(OSError):
+        temporary.unlink()
+
+
+def _remove_old_folders(folder: Path, before_s: float) -> list[Path]:
+    """Remove those below `folder` that were empty for long; one that somebody is about to fill is made anew by them."""
+    ages: dict[Path, float] = {}
+    for name, _, _ in os.walk(folder):
+        with contextlib.suppress(FileNotFoundError):
+            ages[Path(name)] = Path(name).stat().st_mtime
+    removed = []
+    for path, modified_at in sorted(ages.items(), reverse=True):  # what lies inside comes first
+        if path != folder and path.name != _SPARES and modified_at < before_s:
+            with contextlib.suppress(OSError):  # not empty, or gone
+                path.rmdir()
+                removed.append(path)
+    return removed
 
 
 def _write_new(path: Path, data: Stream, pace: Pace | None, spares: Spares) -> None:

@@ -7,7 +7,7 @@ Format version 1, readable with `json` alone:
      "shards": [{"rank", "file", "size_bytes", "digest"}],
      "tensors": {name: {"dtype", "shape", "placement",
                         "chunks": [{"shard", "offset", "shape", "byte_range", "digest"}]}},
-     "values": {metric: number}}
+     "values": {metric: number}, "document_digest"}
 
 `placement` is "job" for a tensor of the whole job, whose chunks are boxes that cover its shape exactly, and "rank"
 for one of which each rank keeps its own: its chunk in shard r is rank r's. When ranks differ in shape or dtype, the
@@ -21,7 +21,6 @@ shard's own file: unchanged tensors are not written again, and equal ones of sev
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ckptd.errors import DamagedError, StateError
+from ckptd.storage import manifest_text
 from ckptd.storage.digest import DIGEST_NAME, LEAF_BYTES, TensorDigest
 from ckptd.storage.image import ITEM_BYTES, Layout, is_inside, whole_numbers
 from ckptd.storage.keys import folder, is_shard_file, shard_file
@@ -40,8 +40,6 @@ JOB, RANK = "job", "rank"
 """Placements."""
 _DIGEST = re.compile("[0-9a-f]{32}")
 _NO_DIGEST: tuple[None, tuple[str, ...]] = (None, ())
-to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
-"""The encoding of everything in a manifest."""
 
 
 class Chunk(NamedTuple):
@@ -268,26 +266,12 @@ def _disagreement(problem: str) -> StateError:
 
 def encode(document: Mapping[str, Any]) -> bytes:
     """Return the bytes that are put as `manifest.json`."""
-    fields = [f"{to_json(name)}:{_members_to_json(value)}" for name, value in document.items()]
-    return f"{{{','.join(fields)}}}\n".encode()
-
-
-def _members_to_json(value: Any) -> str:
-    """Encode an object member by member: one call for 10,000 tensors would keep other threads waiting for 60 ms."""
-    if not isinstance(value, Mapping):
-        return to_json(value)
-    return f"{{{','.join([f'{to_json(name)}:{to_json(member)}' for name, member in value.items()])}}}"
+    return manifest_text.encode(document)
 
 
 def parse(data: bytes, where: str) -> Manifest:
     """Read a manifest; raises `DamagedError` that names the place and what is wrong."""
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(
-            f"the manifest {where} is not JSON", hint="the checkpoint is damaged: `ckptctl verify` names all such"
-        ) from error
-    return read(document, where)
+    return read(manifest_text.decode(data, where), where)
 
 
 def read(document: Mapping[str, Any], where: str) -> Manifest:

@@ -23,6 +23,7 @@ class MemoryTier:
         multipart=False,
         server_checksum=False,
         consistent_list=True,
+        exclusive_hold=True,
         lends_files=False,
         cost=Cost.MEMORY,
         failure_group=FailureGroup.PROCESS,
@@ -86,6 +87,10 @@ class MemoryTier:
         """Find nothing: a put is over at once."""
         del prefix, older_than_s
         return ()
+
+    def hold(self, job: str, deadline_s: float) -> None:
+        """Do nothing: no other process can reach it."""
+        del job, deadline_s
 
     def close(self) -> None:
         """Keep everything: objects are gone with the tier."""

@@ -135,6 +135,24 @@ class Spares:
                 with contextlib.suppress(OSError):  # somebody took it
                     Path(item).unlink()
 
+    def sweep(self, before_s: float) -> list[Path]:
+        """Delete spares that another process has left and wrote that long ago; return them. A live one misses nothing.
+
+        It takes a new file where it wanted one of these.
+        """
+        removed = []
+        with self._lock:
+            ours = set(self._sizes)
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as items:
+            for item in items:
+                with contextlib.suppress(FileNotFoundError):  # somebody took it
+                    if item.name not in ours and item.stat().st_mtime < before_s:
+                        Path(item).unlink()
+                        removed.append(Path(item))
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
+        return removed
+
     def close(self) -> None:
         """Delete the spares of this tier, which nobody will write over any more, and their folder if that is empty.
 

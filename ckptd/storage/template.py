@@ -13,6 +13,7 @@ from typing import Any
 from ckptd.errors import invariant
 from ckptd.storage import manifest
 from ckptd.storage.manifest import Place, ShardContent
+from ckptd.storage.manifest_text import body, finish, to_json
 from ckptd.storage.reuse import Entry
 
 _PLACE = re.compile(r'("byte_range":\[\d+,\d+\],"digest":)null')
@@ -38,7 +39,7 @@ class Template:
         for name, tensor in manifest.tensors_of(shards).items():
             for chunk in tensor["chunks"]:
                 self._entries[Entry(chunk["shard"], chunk.get("entry", name))] = len(self._entries)
-            first, *others = _PLACE.split(f"{manifest.to_json(name)}:{manifest.to_json(tensor)}")
+            first, *others = _PLACE.split(f"{to_json(name)}:{to_json(tensor)}")
             self._before += [self._end + first, *others[1:-1:2]]
             self._places += others[::2]
             self._end = others[-1] + ","
@@ -62,7 +63,7 @@ class Template:
     def _digests(self, digests: Mapping[Entry, str], leaves: Mapping[Entry, Sequence[str]]) -> list[str]:
         found = [f'"{digest}"' for digest in map(digests.__getitem__, self._entries)]
         for entry in leaves.keys() & self._entries.keys():
-            found[self._entries[entry]] += f',"leaves":{manifest.to_json(leaves[entry])}'
+            found[self._entries[entry]] += f',"leaves":{to_json(leaves[entry])}'
         return found
 
     def _placed(self, places: Mapping[Entry, Place]) -> list[str]:
@@ -75,5 +76,5 @@ class Template:
 
 def encode(document: Mapping[str, Any], tensors: bytes) -> bytes:
     """Return the bytes of a manifest that has further `tensors`; `document` is as built for the values alone."""
-    begin, name, end = manifest.encode(document).partition(_TENSORS)
-    return b"".join((begin, name, tensors, end))
+    begin, name, end = body(document).partition(_TENSORS)
+    return finish((begin, name, tensors, end))

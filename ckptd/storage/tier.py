@@ -55,6 +55,8 @@ class Capabilities:
     """The other side refuses bytes that have changed on their way."""
     consistent_list: bool
     """A listing shows every put and delete that has returned."""
+    exclusive_hold: bool
+    """`hold` keeps other processes out."""
     lends_files: bool
     """`open` opens an object where it lies; otherwise it brings a copy first."""
     cost: Cost
@@ -139,6 +141,17 @@ class Tier(Protocol):
         """Raise `StoreError` unless an object could be put now; called before a job starts."""
         ...
 
+    def hold(self, job: str, deadline_s: float) -> None:
+        """Keep every other process from holding a job's keys until `close`, or until this process ends.
+
+        Two agents that run one job on one place would prune each other's checkpoints. It waits no longer than
+        `deadline_s`; when somebody else still has the job then, it raises a `FencedError` that says who: process,
+        host, and since when. Only those who hold are kept out: reading needs no hold. A tier holds a job once, however
+        often it is asked. Without that capability, and where a place turns out to have no locks, it raises
+        `RefusedError`.
+        """
+        ...
+
     def close(self) -> None:
-        """Let go of connections and threads; nothing else is called afterwards."""
+        """Let go of connections, threads and jobs; nothing else is called afterwards."""
         ...

@@ -13,6 +13,7 @@ from ckptd.errors import DamagedError, FencedError, NotFoundError, StoreError
 from ckptd.storage import catalog, image, keys, manifest, reading
 from ckptd.storage.tier import FailureGroup, Tier
 from ckptd.testing.expecting import expecting, only_if
+from ckptd.testing.tier_holds import HoldTests
 from ckptd.testing.tier_streams import StreamTests
 from ckptd.testing.working import at_once, in_turns, keys_of, pattern, raise_first
 from ckptd.types import CheckpointId
@@ -23,13 +24,13 @@ _SIZES = (0, 1, _BLOCK - 1, _BLOCK, _BLOCK + 1, 2**20 - 1, 2**20, 2**20 + _BLOCK
 """Around every boundary at which a tier may change how it writes: a block, a part, a direct write."""
 
 
-class TierSuite(StreamTests):
+class TierSuite(StreamTests, HoldTests):
     """The contract of `ckptd.storage.tier.Tier`: subclass it and give it a `tier` fixture.
 
     The fixture yields an empty tier, a new one for each test. What the tier does not declare in its `Capabilities` is
     not asked of it, except that it must not pretend. A tier that outlives its process should override `reopen`, so
-    that the suite can look at its objects through another one, and a tier whose killed puts leave something behind
-    should override `litter`.
+    that the suite can look at its objects through another one; a tier whose killed puts leave something behind should
+    override `litter`, and one that can hold jobs `holder`.
     """
 
     # --- one object -------------------------------------------------------------------------------------------

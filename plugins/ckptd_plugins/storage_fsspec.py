@@ -102,6 +102,7 @@ class FsspecTier:
             multipart=False,
             server_checksum=False,
             consistent_list=self._manner.writes,
+            exclusive_hold=False,
             lends_files=False,
             cost=cost,
             failure_group=failure_group,
@@ -295,6 +296,11 @@ class FsspecTier:
                 self.delete(key)
                 removed.append(f"temporary file {self.url}/{key}")
         return removed
+
+    def hold(self, job: str, deadline_s: float) -> None:
+        """Refuse: fsspec knows no locks."""
+        del deadline_s
+        raise RefusedError(f"{self.url} has no locks that could keep other agents from job {job}")
 
     def close(self) -> None:
         """Let go of the filesystem; its connections end with it, and it is part of a cycle."""

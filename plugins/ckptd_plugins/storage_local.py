@@ -1,4 +1,4 @@
-"""The local tier as a plugin: plain paths and ``file://`` URLs."""
+"""The local tier as a plugin: plain paths and ``file://`` URLs, and several paths with commas between them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ckptd.errors import ConfigError
+from ckptd.places import disks_of
 from ckptd.plugin import TierFactory, hookimpl
+from ckptd.storage.disk_set import refuse_alone
+from ckptd.storage.disks import DisksTier
 from ckptd.storage.local import LocalTier
+from ckptd.storage.tier import Tier
 
 
-def open_local(url: str, options: Mapping[str, Any]) -> LocalTier:
-    """Open the folder that a path or ``file://`` URL names."""
+def open_local(url: str, options: Mapping[str, Any]) -> Tier:
+    """Open the folder that a path or ``file://`` URL names, or the folders of several disks."""
     for name in options:
         raise ConfigError(f"a local store has no option {name!r}", hint="it has none of its own")
-    path = unquote(urlsplit(url).path) if url.startswith("file://") else url
-    return LocalTier(Path(path).expanduser().absolute())
+    paths = (unquote(urlsplit(url).path),) if url.startswith("file://") else disks_of(url)
+    folders = [Path(path).expanduser().absolute() for path in paths]
+    if len(folders) > 1:
+        return DisksTier(folders)
+    alone = LocalTier(folders[0])
+    refuse_alone(alone)
+    return alone
 
 
 @hookimpl

@@ -71,7 +71,7 @@ def test_export_for_programs(ckptctl: Verb, tmp_path: Path) -> None:
     code, out, _ = ckptctl("export", "gpt", "--to", str(tmp_path / "out"), "--json")
     said: dict[str, Any] = json.loads(out)
     assert code == 0
-    assert set(said) == {"generation", "step", "to", "files", "tensors", "size_bytes"}
+    assert set(said) == {"generation", "step", "to", "files", "tensors", "size_bytes", "notes"}
     assert (said["step"], said["tensors"], said["files"]) == (20, 2, ["model.safetensors", "checkpoint.json"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,24 @@ def test_a_fresh_start(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(agent.heard(m.Reserve)) == 1
         assert current_run() is run
     assert current_run() is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "told"),
+    [
+        ({"resume_from": "s3://bucket/runs/gpt"}, "/ignored/gpt", {"resume_from": "s3://bucket/runs/gpt"}),
+        ({"resume_from": "/old/gpt", "resume_step": 7}, "", {"resume_from": "/old/gpt", "resume_step": 7}),
+        ({}, "/old/gpt", {"resume_from": "/old/gpt"}),
+        ({}, "", {}),
+    ],
+)
+def test_what_to_resume_from(
+    agent: FakeAgent, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], variable: str, told: dict[str, Any]
+) -> None:
+    """The argument, else the variable, tells the agent with which job's checkpoint this one is to begin."""
+    monkeypatch.setenv("CKPTD_RESUME_FROM", variable)
+    with ckptd.attach(data=bytearray(4), every=1, store="/x", **arguments):
+        assert agent.heard(m.Join)[0].options == {"store": "/x", "every_s": 1.0, **told}
 
 
 def test_attach_twice_is_refused(agent: FakeAgent) -> None:

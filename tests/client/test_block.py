@@ -181,7 +181,16 @@ def test_leaving_has_a_deadline(
 def test_the_decorator_passes_arguments_and_result(agent: FakeAgent) -> None:
     """A resumable function is called without its run, with all other arguments, and its result comes back."""
 
-    @ckptd.resumable(every=5, store="/x", strict=True, rng=False, overlap="on", replicated=("data",))
+    @ckptd.resumable(
+        every=5,
+        store="/x",
+        strict=True,
+        rng=False,
+        overlap="on",
+        replicated=("data",),
+        resume_from="/o/a",
+        resume_step=2,
+    )
     def train_it(run: ckptd.Run, first: int, *rest: int, scale: float = 1.0, **more: int) -> tuple[object, ...]:
         """Train."""
         run.attach(data=bytearray(4))
@@ -192,7 +201,8 @@ def test_the_decorator_passes_arguments_and_result(agent: FakeAgent) -> None:
     assert (BOUND[0].rng, BOUND[0].membership.replicated, len(BOUND[0].images)) == (False, ("data",), 4)
     assert (train_it.__name__, train_it.__doc__) == ("train_it", "Train.")
     assert next(iter(inspect.signature(train_it).parameters)) == "run"
-    assert agent.heard(m.Join)[0].options == {"store": "/x", "every_s": 5.0}
+    told = {"store": "/x", "every_s": 5.0, "resume_from": "/o/a", "resume_step": 2}
+    assert agent.heard(m.Join)[0].options == told
     assert agent.wait_for(m.Leave) == m.Leave(3)
 
 

@@ -139,7 +139,7 @@ def test_a_lease_excludes_within_a_process(coordinator: EmbeddedCoordinator) -> 
     first.release()
     first.release()  # twice is no harm
     second = coordinator.lease("gpt", "short")
-    with pytest.raises(FencedError, match=r"gpt is held by short$"):
+    with pytest.raises(FencedError, match=r"gpt is held by short \(hint: .*stop that one"):
         coordinator.lease("gpt", "the third")
     second.release()
     other.release()

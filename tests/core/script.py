@@ -16,7 +16,9 @@ from ckptd.core.job import JobMachine, JobSpec, Now
 from ckptd.core.job_spec import TierSpec
 from ckptd.core.policy.restart import RestartPolicy
 from ckptd.core.policy.retention import RetentionPolicy
+from ckptd.core.prune_events import Collect, MakeRoom, Prune, RoomMade
 from ckptd.core.restore import Source
+from ckptd.core.scrub_events import Mend, Scrub
 from ckptd.errors import CkptdError, DamagedError, StoreError
 from ckptd.types import CheckpointId, Evidence, RaisedException
 
@@ -53,6 +55,7 @@ class Script:
         supervised: bool = True,
         keep: int = 3,
         slots: int = 2,
+        scrub_s: float = 0.0,
         further: Sequence[TierSpec] = (),
         **policy: Any,
     ):
@@ -62,7 +65,7 @@ class Script:
             every_s,
             supervised=supervised,
             slots=slots,
-            tiers=(TierSpec(TIER, RetentionPolicy(keep)), *further),
+            tiers=(TierSpec(TIER, RetentionPolicy(keep), scrub_s=scrub_s), *further),
             restart=RestartPolicy(**policy),
         )
         self.machine = JobMachine(spec)
@@ -219,9 +222,13 @@ class Script:
         """Let an upload fail, for a reason that may pass unless another is given."""
         return self.feed(e.UploadFailed(cid(checkpoint), tier, error or StoreError("503 slow down")))
 
-    def flush_failed(self, checkpoint: str) -> list[str]:
-        """Let a flush fail."""
-        return self.feed(e.FlushFailed(cid(checkpoint), StoreError("no space left on device")))
+    def flush_failed(self, checkpoint: str, error: CkptdError | None = None) -> list[str]:
+        """Let a flush fail, for a reason that may pass unless another is given."""
+        return self.feed(e.FlushFailed(cid(checkpoint), error or StoreError("input/output error")))
+
+    def room_made(self, freed_bytes: int, *ids: str) -> list[str]:
+        """Answer that so much has gone from the disk, and which checkpoints with it."""
+        return self.feed(RoomMade(TIER, tuple(map(cid, ids)), freed_bytes))
 
     def capture(self, step: int, slot: int) -> list[str]:
         """Let an interval pass, a capture be announced for `step` at the next boundary, and every rank seal it."""
@@ -278,11 +285,19 @@ def show(effect: e.Effect) -> str:
             return f"release {effect.rank}:{effect.slot}"
         case e.Flush():
             return f"flush {effect.id}"
-        case e.Prune():
+        case Prune():
             where = "" if effect.tier == TIER else f" on {effect.tier}"
             return f"prune {' '.join(map(str, effect.ids))}{where}, keep {' '.join(map(str, effect.kept))}"
+        case Collect():
+            return ""
+        case MakeRoom():
+            return " ".join(["make room:", *map(str, effect.ids), "keep", *map(str, effect.kept)])
         case e.Upload():
             return f"upload {effect.id} to {effect.tier}"
+        case Scrub():
+            return f"scrub {effect.source}"
+        case Mend():
+            return f"mend {effect.source}"
         case e.Kill():
             return f"kill {int(effect.signal)}"
         case e.Dismiss():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.core.policy.retention import Best, RetentionPolicy, judge
+from ckptd.core.policy.retention import Best, RetentionPolicy, judge, make_room
 from ckptd.types import CheckpointId, Held
 from tests.core.script import cid
 
@@ -105,6 +105,19 @@ def test_a_bound_on_bytes_takes_the_oldest_first():
     assert kept(judge(held("g1/s1", "g1/s2"), RetentionPolicy(5, max_bytes=1), {})) == {cid("g1/s2")}
 
 
+def test_room_is_made_of_what_only_its_turn_keeps():
+    """Proves that the oldest go first, no more than it takes, and none that anything but keep_last keeps."""
+    items = [*held("g1/s1", tags=("paper",)), *held("g1/s2", "g1/s3", "g1/s4", "g1/s5", "g1/s6")]
+    policy, in_use = RetentionPolicy(9, keep_every_steps=4), {cid("g1/s5"): "a restore reads it"}
+    assert words(make_room(items, policy, in_use, 11)) == [
+        "prune g1/s2: the tier is full, and nothing but keep_last keeps it",
+        "prune g1/s3: the tier is full, and nothing but keep_last keeps it",
+    ]
+    assert [item.id for item in make_room(items, policy, in_use, 1)] == [cid("g1/s2")]
+    assert make_room(items, policy, in_use, 0) == []
+    assert make_room(held("g1/s1"), RetentionPolicy(1), {}, 99) == []
+
+
 def test_nothing_is_judged_of_nothing():
     """Proves that an empty tier has no verdicts."""
     assert judge([], RetentionPolicy(1), {}) == []
@@ -188,3 +201,16 @@ def test_a_newer_one_takes_nothing_that_rules_over_all_have_named(items, policy)
             assert {other.id.step // policy.keep_every_steps for other in known} == {
                 verdict.step // policy.keep_every_steps for verdict in firsts
             }
+
+
+@given(tiers, policies, uses, st.integers(0, 300))
+def test_room_is_never_made_of_what_somebody_wanted_to_keep(items, policy, in_use, needed_bytes):
+    """Proves that the newest, tags, uses and every rule but keep_last stay, and that what goes is enough or all."""
+    going = {verdict.id for verdict in make_room(items, policy, in_use, needed_bytes)}
+    unbound = RetentionPolicy(1, policy.keep_every_s, policy.keep_every_steps, policy.keep_best, policy.keep_tagged)
+    wanted = kept(judge(items, unbound, in_use))
+    assert not going & wanted
+    freed_bytes = sum(item.size_bytes for item in items if item.id in going)
+    assert freed_bytes >= needed_bytes or going == {item.id for item in items} - wanted
+    if going:
+        assert going == {item.id for item in items if item.id not in wanted and item.id <= max(going)}

@@ -93,7 +93,7 @@ class BytesBinding:
     def restore(self, offered: OfferedCheckpoint) -> None:
         """Fill the state in place, from the rank's own shard, or that of another rank if the job has grown."""
         _fault("restore")
-        read = manifest.parse(json.dumps(offered.document).encode(), "that is offered")
+        read = manifest.read(offered.document, "that is offered")
         entries = {
             name: own_chunk(tensor, self._membership.rank, read.world_size) for name, tensor in read.tensors.items()
         }

@@ -114,7 +114,7 @@ def test_checkpoints_of_which_none_is_whole(node: Node, start_agent: Callable[..
 
 def test_a_rank_that_goes_silent_is_noticed(node: Node, agent: AgentThread, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that trains on without the agent is logged by number, and keeps the others from nothing but captures."""
-    monkeypatch.setattr("ckptd.daemon.supervisor._DISCONNECT_GRACE_S", 0.1)
+    monkeypatch.setattr("ckptd.daemon.attendance._DISCONNECT_GRACE_S", 0.1)
     puppets = [node.puppet(rank, 2) for rank in range(2)]
     for puppet in puppets:
         puppet.start_attach(SIZE)

@@ -65,7 +65,7 @@ def offered(node: Node, agent: AgentThread, speaker: Speaker) -> Speaker:
 
 def files(speaker: Speaker) -> list[str]:
     """Return the files that the offered manifest names."""
-    return sorted(manifest.parse(json.dumps(speaker.document).encode(), "that is offered").files)
+    return sorted(manifest.read(speaker.document, "that is offered").files)
 
 
 # --- opening ------------------------------------------------------------------------------------------------------

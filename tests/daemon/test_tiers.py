@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,18 +13,20 @@ from typing import Any
 
 import pytest
 
+from ckptd.config import JobConfig
 from ckptd.core.restore import Source
 from ckptd.daemon.further_tiers import FurtherTiers
 from ckptd.daemon.job_store import JobStore
-from ckptd.daemon.tiers import read
+from ckptd.daemon.tiers import open_tiers, read
 from ckptd.errors import FencedError, RefusedError, StoreError
+from ckptd.plugin.manager import PluginManager
 from ckptd.storage import catalog
 from ckptd.storage.local import LocalTier
 from ckptd.storage.tier import Entry
 from ckptd.store_config import StoreConfig
 from ckptd.tiers import JobTier
 from ckptd.types import CheckpointId
-from tests.daemon.job_store.stored import flush, pattern
+from tests.daemon.job_store.stored import flush, pattern, prune
 
 
 @pytest.fixture
@@ -80,7 +86,7 @@ def test_copies_on_all_tiers_are_named(open_store: Callable[[str], JobStore]) ->
     tiers.upload(old, "b0")
     flush(near, [{"x": pattern(2)}], new)
     tiers.upload(new, "b0")
-    assert near.prune([old], [new]) is None
+    assert prune(near, [old], [new]) is None
     found = read([job_tier(near, "local"), job_tier(far, "b0")], "job")
     assert found.sources == (Source(new, "local"), Source(new, "b0"), Source(old, "b0"))
 
@@ -159,9 +165,9 @@ def test_a_prune_leaves_what_is_on_its_way(open_store: Callable[[str], JobStore]
     files = catalog.load_manifest(near.tier, "job", new).files
     later = CheckpointId(1, 30)
     flush(near, [{"x": pattern(9)}], later)
-    with far.expecting(new, files):
+    with far.needs.expecting(new, files):
         tiers.upload(later, "b0")
-        assert far.prune([old], [later]) is None
+        assert prune(far, [old], [later]) is None
         held = {entry.key.removeprefix("job/") for entry in far.tier.list("job/")}
         assert [file for file in files if file.startswith("g000001/s000000000010/") and file not in held] == []
 
@@ -182,3 +188,88 @@ def test_a_late_claim_leaves_no_gap_in_the_lineage(open_store: Callable[[str], J
     assert catalog.holdings(far.tier, "job").parents == {1: None, 2: first, 3: first}
     found = read([job_tier(far, "b0")], "job")
     assert [source.id for source in found.sources] == [last, first]
+
+
+# --- holding a job ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def open_job(tmp_path: Path) -> Iterator[Callable[..., tuple[JobTier, ...]]]:
+    """Opens the tiers of a job as an agent does, and closes what was opened."""
+    plugins = PluginManager(lambda *_: None)
+    opened: list[JobTier] = []
+
+    def open_job(*stores: str, job: str = "job", patience_s: float = 0.0) -> tuple[JobTier, ...]:
+        config = JobConfig(job, (), tuple(StoreConfig(str(tmp_path / store)) for store in stores))
+        tiers = open_tiers(config, plugins, tmp_path, lambda *event: told.append(event), patience_s=patience_s)
+        opened.extend(tiers)
+        return tiers
+
+    told: list[tuple[str, Any]] = []
+    open_job.told = told  # type: ignore[attr-defined]
+    yield open_job
+    for item in opened:
+        item.tier.close()
+
+
+def test_an_agent_holds_every_tier(open_job: Callable[..., tuple[JobTier, ...]]) -> None:
+    """A second agent is refused when it shares any tier with the first, and has let go of the others then."""
+    first = open_job("a", "b")
+    with pytest.raises(FencedError, match="is held by process"):
+        open_job("c", "b")
+    third = open_job("c")
+    open_job("a", job="another")
+    for item in (*first, *third):
+        item.tier.close()
+    open_job("a", "b", "c")
+
+
+def test_an_agent_waits_for_the_one_before(open_job: Callable[..., tuple[JobTier, ...]]) -> None:
+    """One that is about to end is waited for, and that is told once."""
+    (first,) = open_job("a")
+    closing = threading.Timer(1.0, first.tier.close)
+    closing.start()
+    open_job("a", patience_s=60.0)
+    closing.join()
+    ((event, fields),) = open_job.told  # type: ignore[attr-defined]
+    assert (event, fields["tier"]) == ("store held", "local")
+    assert f"process {os.getpid()}" in fields["error"]
+
+
+def test_a_tier_without_locks_is_used_all_the_same(
+    open_job: Callable[..., tuple[JobTier, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a filesystem has no locks the job runs, and the log says that nobody is kept out."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (item,) = open_job("a")
+    assert not item.tier.capabilities.exclusive_hold
+    ((event, fields),) = open_job.told  # type: ignore[attr-defined]
+    assert event == "store not held"
+    assert "No locks available" in fields["error"]
+
+
+def test_an_upload_beside_the_claim_of_the_next_generation(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+    """What an agent uploads of its last generation is committed, though its own next one is being claimed there."""
+    done: list[Any] = []
+
+    class Watched(LocalTier):
+        """A tier whose second record has just been put, and not been answered."""
+
+        def put(self, key: str, *args: Any, **options: Any) -> None:
+            super().put(key, *args, **options)
+            if key.endswith("g000002/generation.json"):
+                done.append(others.upload(CheckpointId(1, 10), "b0"))
+
+    first = JobStore(LocalTier(tmp_path / "a"), "job", pool)
+    others, _ = further(first, JobStore(Watched(tmp_path / "b"), "job", pool))
+    assert first.claim(1, None)
+    flush(first, [{"x": pattern(1)}], CheckpointId(1, 10))
+    assert others.claim_all(1)
+    assert first.claim(2, CheckpointId(1, 10))
+    assert others.claim_all(2)
+    assert len(done) == 1
+    assert catalog.verify(LocalTier(tmp_path / "b"), "job", CheckpointId(1, 10)) == []

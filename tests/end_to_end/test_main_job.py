@@ -43,7 +43,7 @@ def test_a_run_checkpoints_and_every_verb_answers_after_it(world: World) -> None
     assert status["state"] == "finished"
     assert status["step"] == 60
     assert status["last_committed"] == {"step": 60, "tier": "local"}
-    assert set(status) == {"job", "state", "generation", "step", "ranks", "last_committed", "restarts"}
+    assert set(status) == {"job", "state", "generation", "step", "ranks", "last_committed", "restarts", "scrub"}
     assert [set(rank) for rank in status["ranks"]] == [{"rank", "pid", "state", "step"}] * 2
     assert world.json("incidents", "train") == []
     manifest = world.json("show", "train")

@@ -19,7 +19,7 @@ from ckptd.storage.stream import Buffers
 from ckptd.storage.tier import Tier
 from ckptd.testing import TierSuite
 from ckptd_plugins.storage_obstore import open_obstore
-from ckptd_plugins.storage_obstore.parts import Parts
+from ckptd_plugins.storage_obstore.parts import Parts, Waiting
 from ckptd_plugins.storage_obstore.tier import CREATE_ONLY_MAX_BYTES, ObstoreTier
 from ckptd_plugins.storage_s3.options import Place
 from tests.object_store import server as s3
@@ -115,12 +115,12 @@ def test_what_a_stream_raises_comes_out_and_nothing_stays(
 def test_buffers_are_lent_and_rooms_used_again() -> None:
     """A part that one buffer holds is sent from where it lies; others share a few rooms, however many they are."""
     whole = memoryview(bytearray(drawn(0, 8 * MIB)))
-    parts = Parts(Buffers([whole]), MIB, None)
+    parts = Parts(Buffers([whole]), MIB, Waiting(None))
     first = next(parts)
     whole[0:4] = b"here"
     assert bytes(first[:4]) == b"here", "the part is a copy"
     taken: set[int] = set()
-    read = Parts(Drawn(8 * MIB), MIB, None)
+    read = Parts(Drawn(8 * MIB), MIB, Waiting(None))
     for _ in range(8):
         part = next(read)
         held = Bytes(part)  # as the engine holds it while it is sent

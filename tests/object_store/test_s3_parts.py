@@ -34,7 +34,7 @@ def _part(number: int, size_bytes: int) -> Part:
 @pytest.mark.parametrize(
     ("found", "part_bytes"),
     [
-        ([], None),
+        ([], 5 * MIB),
         ([_part(1, 8 * MIB)], 8 * MIB),
         ([_part(3, 8 * MIB), _part(1, 8 * MIB)], 8 * MIB),
         ([_part(2, 8 * MIB), _part(4, 6 * MIB)], 8 * MIB),
@@ -48,12 +48,12 @@ def _part(number: int, size_bytes: int) -> Part:
 )
 def test_parts_tell_how_they_were_cut(found: list[Part], part_bytes: int | None) -> None:
     """The size of an earlier attempt's parts is found from any of them, unless they can't be parts of this object."""
-    assert parts.resumed_part_bytes(30 * MIB, found) == part_bytes
+    assert parts.resumed_part_bytes(30 * MIB, 5 * MIB, found) == part_bytes
 
 
 def test_a_cut_into_too_many_parts_is_not_continued() -> None:
     """An upload whose parts are too small for the object can't be completed, so it isn't continued."""
-    assert parts.resumed_part_bytes(MAX_PARTS * MIN_PART_BYTES + 1, [_part(1, MIN_PART_BYTES)]) is None
+    assert parts.resumed_part_bytes(MAX_PARTS * MIN_PART_BYTES + 1, MIB, [_part(1, MIN_PART_BYTES)]) is None
 
 
 def test_the_same_bytes_are_known_by_sha256_or_md5() -> None:

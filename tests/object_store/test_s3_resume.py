@@ -141,7 +141,16 @@ def test_the_size_of_parts_is_kept(tier: Tier, s3_server: Server) -> None:
     assert tier.get("wide") == DATA
 
 
-@pytest.mark.parametrize("parts", [{}, {1: b"tiny"}, {9: DATA[:PART_BYTES]}, {1: DATA[:PART_BYTES], 2: b"tiny"}])
+def test_an_upload_that_came_to_nothing_is_continued(tier: Tier, s3_server: Server) -> None:
+    """An upload without any part is taken over, so that a put that fails again and again leaves one and not many."""
+    upload = Upload(s3_server, tier, "empty")
+    upload.begin({})
+    tier.put("empty", DATA)
+    assert tier.get("empty") == DATA
+    assert not upload.ids()
+
+
+@pytest.mark.parametrize("parts", [{1: b"tiny"}, {9: DATA[:PART_BYTES]}, {1: DATA[:PART_BYTES], 2: b"tiny"}])
 def test_what_can_not_be_continued_is_left_alone(tier: Tier, s3_server: Server, parts: dict[int, bytes]) -> None:
     """Parts that no such object is cut into are no reason to fail, and stay for a sweep."""
     upload = Upload(s3_server, tier, "odd")

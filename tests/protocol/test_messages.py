@@ -47,7 +47,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         return st.dictionaries(st.text(max_size=6), values_of(inner[1]), max_size=4)
     simple = {
         str: st.text(max_size=20),
-        int: st.integers(-(2**70), 2**70),
+        int: st.integers(-(2**63), 2**64 - 1),
         float: st.floats(allow_nan=False, allow_infinity=False),
         bool: st.booleans(),
         types.NoneType: st.none(),

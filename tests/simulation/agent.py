@@ -13,9 +13,11 @@ from ckptd.core.job import JobMachine, JobSpec, Now
 from ckptd.core.job_spec import TierSpec
 from ckptd.core.policy.restart import RestartPolicy
 from ckptd.core.policy.retention import RetentionPolicy
+from ckptd.core.prune_events import Collect, MakeRoom, Prune
+from ckptd.core.scrub_events import Mend, Scrub
 from ckptd.errors import AgentError
 from ckptd.types import CheckpointId, Evidence
-from tests.simulation import copying, storage
+from tests.simulation import copying, scrubbing, storage
 from tests.simulation.disk import Manifest
 from tests.simulation.launchers import Launcher, evidence_of
 from tests.simulation.memory import NEVER, Arena, Page
@@ -33,11 +35,11 @@ PATIENT = RestartPolicy(
 
 
 def _tiers(options: Options) -> tuple[TierSpec, ...]:
-    first = TierSpec(storage.TIER, RetentionPolicy(options.keep_last))
+    first = TierSpec(storage.TIER, RetentionPolicy(options.keep_last), scrub_s=options.scrub_s)
     if not options.bucket:
         return (first,)
     policy = RetentionPolicy(options.bucket_keep_last)
-    return first, TierSpec(storage.BUCKET, policy, options.upload_every_s, options.backlog)
+    return first, TierSpec(storage.BUCKET, policy, options.upload_every_s, options.backlog, options.scrub_s)
 
 
 class ModelAgent:
@@ -187,7 +189,7 @@ class ModelAgent:
             self.node.note("out", effect)
             self.node.witness.ordered(effect, self)
             self._do(effect)
-            bucket = isinstance(effect, (e.Upload, e.Prune)) and effect.tier == storage.BUCKET
+            bucket = isinstance(effect, (e.Upload, Prune, Collect)) and effect.tier == storage.BUCKET
             self.node.fault_point("bucket" if bucket else "effect")
 
     def _do(self, effect: e.Effect) -> None:
@@ -227,8 +229,16 @@ class ModelAgent:
                 self._start(storage.flush(self, effect), "flush")
             case e.Upload():
                 self._start(copying.upload(self, effect), "bucket")
-            case e.Prune():
+            case Prune():
                 self._start(storage.prune(self, effect), "bucket" if effect.tier == storage.BUCKET else "prune")
+            case Collect():
+                self._start(storage.collect(self, effect), "bucket" if effect.tier == storage.BUCKET else "prune")
+            case Scrub():
+                self._start(scrubbing.scrub(self, effect.source), "scrub")
+            case Mend():
+                self._start(scrubbing.mend(self, effect.source), "scrub")
+            case MakeRoom():
+                self._start(storage.make_room(self, effect), "prune")
             case _:
                 return
 

@@ -40,12 +40,13 @@ def _upload(agent: ModelAgent, order: e.Upload) -> Steps:
     for number in sorted(node.disk.parents.keys() - bucket.parents.keys()):
         if (error := (yield from bucket.call(0.02, chance))) is not None:
             return error
-        bucket.parents[number] = node.disk.parents[number]
+        if number in node.disk.parents:  # or nobody needs it any more
+            bucket.parents[number] = node.disk.parents[number]
     for file in sorted(manifest.files):
         content = node.disk.files.get(file)
         node.witness.require(content is not None, f"an upload of {order.id} needs {file}, which was pruned")
         assert content is not None
-        if not _right(manifest, file, content):
+        if not is_right(manifest, file, content):
             return DamagedError(f"{file} is not what the manifest of {order.id} says")
         if file in bucket.files:
             continue
@@ -81,12 +82,12 @@ def _fetch(agent: ModelAgent, source: Source) -> Steps:
     shelf.known_files[source.id] = manifest.files  # before the first is there, or a prune takes it for a left-over
     shelf.left_over.discard(source.id)
     for file in sorted(manifest.files):
-        if file in disk.files and _right(manifest, file, disk.files[file]):
+        if file in disk.files and is_right(manifest, file, disk.files[file]):
             continue
         if (error := (yield from bucket.call(node.options.bucket_put_s, _error_chance(agent)))) is not None:
             return error
         content = bucket.files.get(file)
-        if content is None or not _right(manifest, file, content):
+        if content is None or not is_right(manifest, file, content):
             return DamagedError(f"{file} is not what the manifest of {source.id} says")
         if node.write_fails():
             return StoreError("the disk is full")
@@ -97,7 +98,7 @@ def _fetch(agent: ModelAgent, source: Source) -> Steps:
     return None
 
 
-def _right(manifest: Manifest, file: File, content: Content) -> bool:
+def is_right(manifest: Manifest, file: File, content: Content) -> bool:
     """Whether a file has what a manifest says of it."""
     owner, rank = file
     parts = [part for part, place in enumerate(manifest.places[rank]) if place == owner]

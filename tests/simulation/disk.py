@@ -31,6 +31,8 @@ class Disk:
     """The store of the job. `changes` counts every write, so that a checker knows when to look again."""
 
     manifests: dict[CheckpointId, Manifest] = field(default_factory=dict)
+    removed: dict[CheckpointId, tuple[float, Manifest]] = field(default_factory=dict)
+    """Of checkpoints that can be brought back: when they were removed, and their manifests."""
     files: dict[File, Content] = field(default_factory=dict)
     parents: dict[int, CheckpointId | None] = field(default_factory=dict)
     flipped: set[CheckpointId] = field(default_factory=set)
@@ -44,6 +46,11 @@ class Disk:
     def damaged(self) -> set[CheckpointId]:
         """What the simulation has damaged."""
         return self.flipped | self.cut
+
+    @property
+    def whole(self) -> list[Manifest]:
+        """Every checkpoint of which nothing may be missing: the committed ones, and those that can be brought back."""
+        return [*self.manifests.values(), *(manifest for _, manifest in self.removed.values())]
 
     def read(self, manifest: Manifest, rank: int, part: int) -> Cell | None:
         """Return a part of a checkpoint, wherever it lies; None when it is not there."""
@@ -67,9 +74,11 @@ class Disk:
         self.changes += 1
         return True
 
-    def delete_manifest(self, checkpoint: CheckpointId) -> None:
-        """Uncommit a checkpoint."""
-        self.manifests.pop(checkpoint, None)
+    def delete_manifest(self, checkpoint: CheckpointId, removed_s: float | None = None) -> None:
+        """Uncommit a checkpoint; with a time, in such a way that it can be brought back."""
+        manifest = self.manifests.pop(checkpoint, None)
+        if manifest is not None and removed_s is not None:
+            self.removed[checkpoint] = removed_s, manifest
         self.changes += 1
 
     def delete_file(self, file: File) -> None:

@@ -3,7 +3,8 @@
 The list, and what each leaves intact:
 - any rank, several ranks, the launcher, or the agent is killed, at any event and between any two effects;
 - a write to the disk fails, or is torn because the agent dies;
-- a stored file is damaged or cut short while another intact checkpoint of the lineage stays behind;
+- a stored file is damaged or cut short while another intact checkpoint of the lineage stays behind: a rank finds it,
+  or a scrub, and it is mended where there is a bucket that has it;
 - a snapshot in memory that is committed already is damaged, while its copy on the disk is intact;
 - the bucket is down or slow for a while, or refuses a request;
 - the node is lost with its disk, where there is a bucket;

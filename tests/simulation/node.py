@@ -15,7 +15,7 @@ from ckptd.core.job_states import JobState
 from tests.simulation.agent import ModelAgent
 from tests.simulation.bucket import Bucket
 from tests.simulation.clock import Clock, Signal
-from tests.simulation.disk import Disk
+from tests.simulation.disk import Disk, File
 from tests.simulation.faults import Faults
 from tests.simulation.launchers import ForeignLauncher
 from tests.simulation.options import Options
@@ -81,6 +81,11 @@ class Node:
     def write_fails(self) -> bool:
         """Whether the disk refuses a write now."""
         return self.faults.writes_may_fail and self.rng.random() < self.options.write_error_chance
+
+    def is_full(self, file: File) -> bool:
+        """Whether the disk has no room for another file."""
+        bound = self.options.disk_files if self.faults.writes_may_fail else 0
+        return bool(bound) and file not in self.disk.files and len(self.disk.files) >= bound
 
     def place(self, tier: str) -> Disk:
         """Return what a tier holds."""

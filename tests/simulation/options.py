@@ -28,6 +28,12 @@ class Options:
     differ_from: int | None = None
     """From which step on replicated tensors are not the same on all ranks."""
     keep_last: int = 3
+    grace_s: float = 0.0
+    """For how long what was removed from the disk can be brought back."""
+    scrub_s: float = 0.0
+    """After how long a stored copy is read again; 0: never."""
+    disk_files: int = 0
+    """How many files the disk has room for while faults last; 0: as many as there are."""
     state_grows: bool = False
     """Whether the first step makes the state larger, as an optimizer's does, so that new slots are needed."""
     faults: int = 4
@@ -83,9 +89,12 @@ class Options:
             stall_chance=rng.choice((0.0, 0.1)),
             bucket=rng.random() < 0.4,
             bucket_put_s=every_s * rng.choice((0.01, 0.1, 0.5, 1.5)),
-            bucket_error_chance=rng.choice((0.0, 0.0, 0.02, 0.1)),
+            bucket_error_chance=rng.choice((0.0, 0.0, 0.02, 0.25)),
             bucket_fault_chance=rng.choice((0.001, 0.01, 0.03)),
             bucket_keep_last=rng.choice((1, 2, 3)),
             backlog=rng.choice((1, 2, 2)),
             upload_every_s=every_s * rng.choice((0, 0, 3)),
+            grace_s=every_s * rng.choice((0, 0, 3, 30)),
+            disk_files=rng.choice((0, 0, 0, rng.randint(2, 15))),
+            scrub_s=every_s * rng.choice((0, 1, 1, 5)),
         )

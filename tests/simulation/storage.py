@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from ckptd.core import events as e
 from ckptd.core import lineage
+from ckptd.core.policy.garbage import judge_records
+from ckptd.core.prune_events import Collect, MakeRoom, Prune, Pruned, RoomMade
 from ckptd.core.restore import Source
-from ckptd.errors import CkptdError, DamagedError, StoreError
+from ckptd.errors import CkptdError, DamagedError, FullError, StoreError
 from ckptd.types import CheckpointId, Held
 from tests.simulation.clock import Steps
 from tests.simulation.disk import Disk, File, Manifest
@@ -33,6 +35,8 @@ class Shelf:
     """What checkpoints need that this agent has committed or looked at, or that are on their way."""
     left_over: set[CheckpointId] = field(default_factory=set)
     """Checkpoints that were pruned; others may still need files of theirs."""
+    in_flight: set[File] = field(default_factory=set)
+    """What a flush writes, and what it may refer to."""
     prunes: int = 0
     """How many are under way."""
 
@@ -76,24 +80,31 @@ def flush(agent: ModelAgent, order: e.Flush) -> Steps:
     node = agent.node
     reading = [agent.arena.slots[rank][number] for rank, number in order.slots.items()]
     node.witness.flush_begins(order, reading)
-    tasks = [node.clock.start(agent, "flush", _flush_shard(agent, order, slot, agent.earlier)) for slot in reading]
+    shelf, earlier = agent.shelves[TIER], agent.earlier
+    if earlier is not None and earlier.id not in shelf.known_files:
+        earlier = None
+    shelf.in_flight = {(order.id, slot.rank) for slot in reading} | (set() if earlier is None else earlier.files)
+    tasks = [node.clock.start(agent, "flush", _flush_shard(agent, order, slot, earlier)) for slot in reading]
     manifest = Manifest(order.id, {}, {})
-    failed = False
+    error: CkptdError | None = None
     for slot, task in zip(reading, tasks, strict=True):
         written = yield task.done
-        failed = failed or written is None
-        if written is not None:
+        if isinstance(written, CkptdError):
+            error = error or written
+        else:
             manifest.digests[slot.rank], manifest.places[slot.rank] = written
-    if not failed:
+    if error is None:
         yield node.options.write_s * node.rng.random()
-        failed = node.write_fails() or not node.disk.put_manifest(manifest)
-    if not failed:
+        if node.write_fails() or not node.disk.put_manifest(manifest):
+            error = StoreError("input/output error")
+    if error is None:
         agent.earlier = manifest
-        agent.shelves[TIER].known_files[order.id] = manifest.files
-    node.witness.flush_ends(order, committed=not failed)
+        shelf.known_files[order.id] = manifest.files
+    shelf.in_flight = set()
+    node.witness.flush_ends(order, committed=error is None)
     yield node.rng.uniform(0, 0.02)
-    if failed:
-        agent.feed(e.FlushFailed(order.id, StoreError("the disk is full")))
+    if error is not None:
+        agent.feed(e.FlushFailed(order.id, error))
     else:
         agent.feed(e.Committed(order.id, TIER, 1, 0.0))
 
@@ -101,7 +112,7 @@ def flush(agent: ModelAgent, order: e.Flush) -> Steps:
 def _flush_shard(agent: ModelAgent, order: e.Flush, slot: Slot, earlier: Manifest | None) -> Steps:
     """Digest a shard, then write what has changed; both read the slot part by part.
 
-    Returns the digest and where each part lies, None when a write has failed.
+    Returns the digest and where each part lies, or the error of a write that has failed.
     """
     node, rank = agent.node, slot.rank
     digest: list[Cell | None] = []
@@ -112,6 +123,8 @@ def _flush_shard(agent: ModelAgent, order: e.Flush, slot: Slot, earlier: Manifes
     if node.options.reuse and earlier is not None and rank in earlier.digests:
         pairs = zip(digest, earlier.digests[rank], earlier.places[rank], strict=True)
         places = [place if new == old else order.id for new, old, place in pairs]
+    if node.is_full((order.id, rank)):
+        return FullError("no space left on device")
     written: list[Cell | None] = [None] * PARTS
     node.disk.put_file((order.id, rank), tuple(written))
     for part in range(PARTS):
@@ -120,7 +133,7 @@ def _flush_shard(agent: ModelAgent, order: e.Flush, slot: Slot, earlier: Manifes
             continue
         yield node.options.write_s * node.rng.choice((0.1, 0.3, 0.3, 1.0)) * node.rng.random()
         if node.write_fails():
-            return None
+            return StoreError("input/output error")
         written[part] = slot.cells[part]
         node.disk.put_file((order.id, rank), tuple(written))  # torn, if the agent dies now
     return tuple(digest), tuple(places)
@@ -142,11 +155,33 @@ def check(agent: ModelAgent, source: Source) -> Steps:
         agent.feed(e.Fetched(source, len(manifest.digests)))
 
 
-def prune(agent: ModelAgent, order: e.Prune) -> Steps:
-    """Remove checkpoints, the manifest of each before its files, but for files that a remaining one needs.
+def prune(agent: ModelAgent, order: Prune) -> Steps:
+    """Remove checkpoints, the manifest of each before its files, and on the disk all garbage."""
+    yield from _remove(agent, order, undoable_s=agent.node.options.grace_s if order.tier == TIER else 0.0)
+    agent.feed(Pruned(order.tier, order.ids))
 
-    Those are of `order.kept`, and of whatever this agent has committed or looked at: another prune may be under way.
-    """
+
+def make_room(agent: ModelAgent, order: MakeRoom) -> Steps:
+    """Remove checkpoints, garbage, and whatever could be brought back."""
+    freed = yield from _remove(agent, order, undoable_s=0.0)
+    agent.node.witness.seen["room made"] += bool(freed)
+    agent.feed(RoomMade(order.tier, order.ids, freed))
+
+
+def collect(agent: ModelAgent, order: Collect) -> Steps:
+    """Remove garbage and generation records; what lies in the bucket is never old enough here."""
+    place, shelf = agent.node.place(order.tier), agent.shelves[order.tier]
+    if order.tier == TIER:
+        shelf.prunes += 1
+        yield from _delete_files(agent, order)
+        shelf.prunes -= 1
+    for number in judge_records(place.parents.keys(), (item.id for item in place.whole), order.needed_from):
+        yield 0.0
+        del place.parents[number]
+        agent.node.witness.seen["record removed"] += 1
+
+
+def _remove(agent: ModelAgent, order: Prune | MakeRoom, undoable_s: float) -> Steps:
     node, place, shelf = agent.node, agent.node.place(order.tier), agent.shelves[order.tier]
     rng = node.bucket.rng if order.tier == BUCKET else node.rng
     shelf.prunes += 1
@@ -156,12 +191,35 @@ def prune(agent: ModelAgent, order: e.Prune) -> Steps:
             shelf.known_files[checkpoint] = place.manifests[checkpoint].files  # it stays, whole
             continue
         node.witness.checkpoint_leaves(checkpoint, order.tier)
-        place.delete_manifest(checkpoint)
+        place.delete_manifest(checkpoint, node.clock.now_s if undoable_s else None)
         shelf.left_over.add(checkpoint)
         shelf.known_files.pop(checkpoint, None)
-    kept = {kept: place.manifests[kept].files for kept in order.kept if kept in place.manifests}
-    for file in sorted(place.files):
-        yield rng.uniform(0, 0.01) if file[0] in shelf.left_over else 0.0
-        if file[0] in shelf.left_over and not any(file in files for files in (kept | shelf.known_files).values()):
-            place.delete_file(file)
+    for checkpoint, (removed_s, _) in list(place.removed.items()):
+        if node.clock.now_s - removed_s >= undoable_s:
+            del place.removed[checkpoint]
+            shelf.left_over.add(checkpoint)
+    freed: int = yield from _delete_files(agent, order)
     shelf.prunes -= 1
+    return freed
+
+
+def _delete_files(agent: ModelAgent, order: Prune | MakeRoom | Collect) -> Steps:
+    """Delete what nobody needs, on the disk everything of that kind; return how many files that were.
+
+    Needed is what stays, what can be brought back, what this agent has committed or looked at, and what it is writing.
+    """
+    node, place, shelf = agent.node, agent.node.place(order.tier), agent.shelves[order.tier]
+    rng = node.bucket.rng if order.tier == BUCKET else node.rng
+    freed = 0
+    for file in sorted(place.files):
+        if order.tier == BUCKET and file[0] not in shelf.left_over:
+            continue
+        yield rng.uniform(0, 0.01)
+        kept = place.whole  # what another prune is about to remove is whole until then
+        if isinstance(order, Prune):
+            kept = [manifest for manifest in kept if manifest.id in order.kept or manifest.id in place.removed]
+        needed = [*(manifest.files for manifest in kept), *shelf.known_files.values(), shelf.in_flight]
+        if file in place.files and not any(file in files for files in needed):
+            place.delete_file(file)
+            freed += 1
+    return freed

@@ -28,6 +28,7 @@ REACHED = (
     "snapshot abandoned", "restart delayed", "damage found in memory", "damage found on the disk", "referred to",
     "replicas differ", "given up", "from bucket", "UploadFailed", "upload skipped", "agent killed during an upload",
     "bucket down", "bucket slow", "disk lost", "tier unreadable", "fetch failed",
+    "room made", "record removed", "damage found by a scrub", "mended by a scrub", "offered again",
 )  # fmt: skip
 """What a campaign must have met, or its faults don't reach what they are meant to test."""
 

@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 
 from ckptd.core import keeper, lineage
-from ckptd.core.events import Admit, Claim, Flush, Prune
+from ckptd.core.events import Admit, Claim, Flush
 from ckptd.core.job import JobMachine
 from ckptd.core.policy.retention import Verdict
+from ckptd.core.prune_events import Prune
 from ckptd.core.recovery import Recovery
 from ckptd.core.restore import MEMORY, Offers, Source
 from ckptd.core.snapshots import Snapshot, SnapshotBook, SnapshotEvent, SnapshotState
@@ -292,8 +293,8 @@ def never_decide(patch):
 
 
 MUTATIONS = [
-    (release_newest, "begins with|, the newest|is offered, not from"),
-    (release_under_a_flush, "while a flush reads it"),
+    (release_newest, "begins with|, the newest|is offered, not from|is given up"),
+    (release_under_a_flush, "while a flush reads it|is given up"),
     (plan_without_memory, "begins with"),
     (complete_without_the_last, "which is not complete"),
     (complete_after_a_death, "finds no free slot|which is not complete|begins with"),

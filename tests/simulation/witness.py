@@ -14,12 +14,14 @@ from ckptd.core import events as e
 from ckptd.core.job_states import TERMINAL, JobState
 from ckptd.core.keeper import FINAL_FLUSH_TRIES
 from ckptd.core.policy.interval import REACTION_S
+from ckptd.core.prune_events import MakeRoom, Prune
 from ckptd.core.restore import MEMORY, Source
 from ckptd.types import CheckpointId
 from tests.simulation.memory import Cell, Content, Slot, shard_of, state_after
 from tests.simulation.storage import BUCKET, TIER
 from tests.simulation.witness_bucket import BucketWitness
 from tests.simulation.witness_incidents import IncidentWitness
+from tests.simulation.witness_scrubs import ScrubWitness
 
 if TYPE_CHECKING:
     from tests.simulation.agent import ModelAgent
@@ -40,7 +42,7 @@ class Witness:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self.bucket = BucketWitness(self, node)
+        self.bucket, self.scrubs = BucketWitness(self, node), ScrubWitness(self, node)
         self.chain: list[CheckpointId] = []
         self.memory: dict[CheckpointId, list[Slot]] = {}
         self.refused: set[Source] = set()
@@ -111,6 +113,7 @@ class Witness:
         """Note what the machine is about to hear."""
         self.seen[type(event).__name__] += 1
         self.bucket.before(event, agent)
+        self.scrubs.before(event)
         match event:
             case e.RankSealed():
                 self._sealed(event, agent)
@@ -175,7 +178,7 @@ class Witness:
             self.require(flipped, f"{source} is called damaged, which it is not")
             self.seen["damage found in memory"] += 1
         else:
-            self.require(event.id in self._node.disk.damaged, f"{source} is called damaged, which it is not")
+            self.require(event.id in self.scrubs.was_damaged, f"{source} is called damaged, which it is not")
             self.seen["damage found on the disk"] += 1
             self.refused.add(Source(event.id, TIER))  # what was fetched is read there too
         self.refused.add(source)
@@ -236,9 +239,9 @@ class Witness:
                 restarts = self._starts_in_life - 1
                 self.require(effect.generation == self.started, f"spawns generation {effect.generation}")
                 self.require(effect.restarts == restarts, f"says {effect.restarts} restarts, there were {restarts}")
-            case e.Prune() if effect.tier == TIER:
+            case MakeRoom() | Prune() if effect.tier == TIER:
                 self.leaving.update(effect.ids)
-            case e.Prune():
+            case Prune():
                 self.bucket.leave(effect.ids)
             case e.Record():
                 self.incidents.recorded(effect.incident, self._claims[self.started])
@@ -308,7 +311,9 @@ class Witness:
         """Check that a checkpoint may be removed from a tier: something newer of the lineage is committed there."""
         at = self.chain.index(checkpoint) if checkpoint in self.chain else -1
         left = self.bucket.staying if tier == BUCKET else [item for item in self.intact if item not in self.leaving]
-        newer = any(self.chain.index(item) > at for item in left) or (tier == BUCKET and self.bucket.outdated(checkpoint))
+        newer = max(map(self.chain.index, left), default=-1) > at or (
+            tier == BUCKET and self.bucket.outdated(checkpoint)
+        )
         self.require(newer, f"{checkpoint} is removed from {tier} and nothing newer is committed")
 
     def generation_claimed(self, number: int, parent: CheckpointId | None) -> None:
@@ -342,7 +347,7 @@ class Witness:
         if disk.changes == self._disk_changes:
             return
         self._disk_changes = disk.changes
-        for manifest in disk.manifests.values():
+        for manifest in disk.whole:
             if manifest.id in self.chain:  # what a step back has left behind may go, file by file
                 lacks = manifest.files - disk.files.keys()
                 self.require(not lacks, f"{manifest.id} lacks files: {lacks}")
@@ -362,17 +367,14 @@ class Witness:
 
     def agent_begins(self) -> None:
         """Forget what was in the memory of the agent before."""
-        self.memory.clear()
-        self.refused.clear()
-        self.flush_failures.clear()
-        self.leaving.clear()
-        self.bucket.agent_begins()
-        self._seals.clear()
-        self._void.clear()
-        self._witnesses.clear()
+        for known in (self.memory, self.refused, self.flush_failures, self.leaving):
+            known.clear()
+        for known in (self._seals, self._void, self._witnesses):
+            known.clear()
+        for part in (self.bucket, self.scrubs, self.incidents):
+            part.agent_begins()
         self.whole = False
         self._offered = self._given_up = None
-        self.incidents.agent_begins()
         self.at_most = None
         self.newest = None
         self._over = True

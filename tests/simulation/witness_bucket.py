@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from ckptd.core import events as e
 from ckptd.core.job_states import JobState
-from ckptd.core.restore import Source
 from ckptd.core.uploads import FINAL_UPLOAD_TRIES
 from ckptd.errors import CkptdError
 from ckptd.types import CheckpointId
@@ -104,12 +103,9 @@ class BucketWitness:
             case e.FetchFailed() if event.source.tier == BUCKET:
                 if event.error.retryable:
                     self._skipped.add(event.source.id)
-                else:
-                    self._witness.refused.add(event.source)
             case e.Fetched() if event.copied:
                 self.fetched = event.source.id
                 self._on_disk.add(event.source.id)
-                self._witness.refused.discard(Source(event.source.id, TIER))
             case e.Claimed():
                 self._known |= self._told_late
                 self._told_late.clear()

@@ -180,6 +180,6 @@ DAMAGE: dict[str, Callable[[Tier, str], None]] = {
     "empty": cut(0),
     "missing": lambda tier, key: tier.delete(key),
     "another checkpoint's": lambda tier, key: tier.put(key, shard(1, 9)),
-    "zeros": lambda tier, key: tier.put(key, bytes(len(good()[key]))),
+    "zeros": lambda tier, key: tier.put(key, bytes(len(tier.get(key)))),
 }
 """Ways to damage `KEY` on a tier."""

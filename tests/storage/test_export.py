@@ -19,6 +19,7 @@ from ckptd.errors import ConfigError, DamagedError, NotFoundError, StoreError
 from ckptd.storage import catalog, export, image, keys, manifest
 from ckptd.storage.boxes import Box, Shape
 from ckptd.storage.digest import LEAF_BYTES
+from ckptd.storage.export_safetensors import export_safetensors
 from ckptd.storage.image import TensorSpec
 from ckptd.storage.memory import MemoryTier
 from ckptd.types import CheckpointId, Piece
@@ -101,7 +102,7 @@ def test_parts_are_put_together(tmp_path_factory: pytest.TempPathFactory, data: 
             ranks[rank][f"{name}~{at}"] = (np.ascontiguousarray(whole[places]).reshape(box.shape), piece)
     tier = MemoryTier()
     commit(tier, ranks)
-    written = export.export(tier, "job", AT, folder)
+    written = export.export(export_safetensors, tier, "job", AT, folder)
     assert same(load(folder), wanted)
     assert written.tensors == len(wanted)
     assert written.size_bytes == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -118,7 +119,7 @@ def test_large_parts_are_put_together(tmp_path: Path) -> None:
     ]
     tier = MemoryTier()
     commit(tier, ranks)
-    export.export(tier, "job", AT, tmp_path / "out")
+    export.export(export_safetensors, tier, "job", AT, tmp_path / "out")
     assert same(load(tmp_path / "out"), {"m.w": whole})
 
 
@@ -135,7 +136,7 @@ def test_what_ranks_have_alike_is_there_once(tmp_path: Path) -> None:
     ]
     tier = MemoryTier()
     commit(tier, ranks)
-    written = export.export(tier, "job", AT, tmp_path / "out")
+    written = export.export(export_safetensors, tier, "job", AT, tmp_path / "out")
     assert sorted(written.files) == [
         "checkpoint.json", "model.safetensors", "rank-0/model.safetensors", "rank-0/only.safetensors",
         "rank-1/model.safetensors", "step.safetensors",
@@ -149,13 +150,12 @@ def test_what_ranks_have_alike_is_there_once(tmp_path: Path) -> None:
     assert described["values"] == {"loss": 0.5}
 
 
-def test_a_large_state_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_state_is_split(tmp_path: Path) -> None:
     """Files stay below the limit but for a tensor that is larger alone; the index names each tensor's file."""
-    monkeypatch.setattr(export, "MAX_FILE_BYTES", 1000)
     state = {f"m.t{at}": number(at, 100) for at in range(6)} | {"m.big": number(7, 600)}
     tier = MemoryTier()
     commit(tier, [state])
-    written = export.export(tier, "job", AT, tmp_path / "out")
+    written = export.export(export_safetensors, tier, "job", AT, tmp_path / "out", max_file_bytes=1000)
     index = json.loads((tmp_path / "out/m.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 6 * 400 + 2400
     assert len(set(index["weight_map"].values())) == 4
@@ -164,6 +164,8 @@ def test_a_large_state_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert tensor.tobytes() == state[f"m.{name}"][0].tobytes()
     assert set(written.files) == {"checkpoint.json", "m.safetensors.index.json", *index["weight_map"].values()}
     assert set(load(tmp_path / "out")) == set(state)
+    export.export(export_safetensors, tier, "job", AT, tmp_path / "one", max_file_bytes=0)
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"m.safetensors", "checkpoint.json"}
 
 
 @pytest.mark.parametrize("name", ["../../etc/x", "a/b.c", "..", ".hidden", "", "a b.c", "ä.c"])
@@ -171,7 +173,7 @@ def test_names_stay_in_the_folder(tmp_path: Path, name: str) -> None:
     """No tensor's name leads out of the folder."""
     tier = MemoryTier()
     commit(tier, [{name: number(1)}])
-    written = export.export(tier, "job", AT, tmp_path / "out")
+    written = export.export(export_safetensors, tier, "job", AT, tmp_path / "out")
     (file,) = set(written.files) - {"checkpoint.json"}
     assert "/" not in file
     assert not file.startswith(".")
@@ -182,7 +184,7 @@ def test_names_that_come_together_stay_apart(tmp_path: Path) -> None:
     """Tensors whose names differ in what a file name can't say are both there."""
     tier = MemoryTier()
     commit(tier, [{"a": number(1), "a.a": number(2), "x/y.t": number(3), "x?y.t": number(4)}])
-    export.export(tier, "job", AT, tmp_path / "out")
+    export.export(export_safetensors, tier, "job", AT, tmp_path / "out")
     assert sorted(float(tensor[0]) for tensor in load(tmp_path / "out").values()) == [1, 2, 3, 4]
 
 
@@ -191,7 +193,7 @@ def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     tier = MemoryTier()
     commit(tier, [{"a.t": number(1)}])
     (tmp_path / "out").mkdir()
-    export.export(tier, "job", AT, tmp_path / "out")
+    export.export(export_safetensors, tier, "job", AT, tmp_path / "out")
     assert same(load(tmp_path / "out"), {"a.t": number(1)[0]})
 
 
@@ -209,7 +211,7 @@ def test_nothing_is_overwritten(tmp_path: Path, there: str) -> None:
     else:
         target.symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="there already") as caught:
-        export.export(tier, "job", AT, target)
+        export.export(export_safetensors, tier, "job", AT, target)
     assert caught.value.hint
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -237,7 +239,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, damage: str) -> None:
         (tmp_path / "file").write_text("")
         target, kind = tmp_path / "file" / "out", StoreError
     with pytest.raises(kind) as caught:
-        export.export(tier, "job", AT, target)
+        export.export(export_safetensors, tier, "job", AT, target)
     assert "\n" not in caught.value.message
     assert {path.name for path in tmp_path.iterdir()} <= {"file"}
     if damage == "flipped bit":

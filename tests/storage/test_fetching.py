@@ -60,8 +60,10 @@ def test_only_what_is_damaged_is_fetched(target: LocalTier, damage: str) -> None
     fill(target)
     DAMAGE[damage](target, KEY)
     bucket = fill(Bucket())
-    fetched = fetch([bucket], target, JOB, FIRST)
+    told: list[str] = []
+    fetched = fetch([bucket], target, JOB, FIRST, report=lambda event, _: told.append(event))
     assert [file for file, tier in fetched.origins.items() if tier == "bucket"] == [FILE]
+    assert told == ["file wanted" if damage == "missing" else "file damaged", "file fetched"]
     assert bucket.read == {KEY}
     assert is_right(target, FIRST)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -56,6 +58,17 @@ LocalTier(Path(sys.argv[2])).put("job/s1/killed", Deadly())
         with pytest.raises(AssertionError, match="ended with -9"):
             race(code, 1, tier.url)
         return True
+
+    def holder(self, tier: Tier, job: str) -> subprocess.Popen[bytes]:
+        code = """
+import sys, time
+from ckptd_plugins.storage_local import open_local
+tier = open_local(sys.argv[1], {})
+tier.hold(sys.argv[2], 0)
+print("held", flush=True)
+time.sleep(600)
+"""
+        return subprocess.Popen([sys.executable, "-c", code, tier.url, job], stdout=subprocess.PIPE)
 
     def test_create_only_has_one_winner_among_processes(self, tier: LocalTier) -> None:
         """Of several real processes that claim a key at once, one wins, and the file is its own."""

@@ -101,6 +101,32 @@ def test_a_lost_race_removes_nothing() -> None:
     assert tier.get("job/a") == b"theirs"
 
 
+def test_what_others_put_where_ours_was_lost_stays() -> None:
+    """Where the server refuses changed bytes, other ones behind a create-only put are somebody else's: they stay."""
+
+    class Checking(_Mangling):
+        capabilities = replace(MemoryTier.capabilities, server_checksum=True)
+
+    tier = Checking(lambda _: b"theirs")
+    with pytest.raises(StoreError, match="job/a was put and has"):
+        VerifyingTier(tier).put("job/a", b"ours of another size", create_only=True)
+    assert tier.get("job/a") == b"theirs"
+    with pytest.raises(StoreError):
+        VerifyingTier(Checking(lambda _: b"changed")).put("job/a", b"as it should be")
+
+
+def test_reads_can_be_left_to_the_tier() -> None:
+    """Without `reads` each read is one call of the tier within, while puts are looked at all the same."""
+    tier = _Short(1)
+    tier.put("job/a", _data(1000))
+    verifying = VerifyingTier(tier, reads=False)
+    assert len(verifying.get("job/a")) == 999
+    os.close(verifying.open("job/a"))
+    verifying.read_into("job/a", 0, memoryview(bytearray(1000)))
+    with pytest.raises(StoreError):
+        VerifyingTier(_Mangling(_flip(0)), reads=False).put("job/a", b"12345")
+
+
 def test_looking_at_a_large_object_is_cheap() -> None:
     """Of a large object three blocks are read, and none where a tier would have to read it whole for them."""
     tier = _Mangling(lambda data: data)

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptd import config as config_module
-from ckptd.config import MAX_NPROC, AgentConfig, JobConfig, load_job_file
+from ckptd.config import MAX_NPROC, AgentConfig, JobConfig, Origin, load_job_file, read_origin
 from ckptd.errors import ConfigError
-from ckptd.store_config import StoreConfig, absolute_store
+from ckptd.places import absolute_store
+from ckptd.store_config import StoreConfig
 
 GOOD: dict[str, Any] = {"name": "gpt", "command": ("train.py", "--steps", "10"), "stores": (StoreConfig("/runs"),)}
 
@@ -53,6 +54,8 @@ def job(**changes: Any) -> JobConfig:
         ({"overlap": "maybe"}, "overlap is 'maybe'"),
         ({"overlap": ""}, "overlap is ''"),
         ({"stores": ()}, "no store is named"),
+        ({"resume_step": 3}, "resume_step is 3, and no job to resume from is named"),
+        ({"resume_step": 0, "resume_from": Origin("/runs", "gpt")}, "resume_step is 0"),
     ],
 )
 def test_a_job_that_can_not_run_is_refused(changes: dict[str, Any], says: str) -> None:
@@ -94,9 +97,12 @@ _TEXT = st.text(min_size=1, max_size=8)
         JobConfig,
         name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,10}", fullmatch=True),
         command=st.lists(_TEXT, max_size=3).map(tuple),
-        stores=st.lists(st.builds(StoreConfig, url=_TEXT), min_size=1, max_size=3, unique_by=lambda item: item.url).map(
-            tuple
-        ),
+        stores=st.lists(
+            st.builds(StoreConfig, url=_TEXT.filter(lambda text: "," not in text)),
+            min_size=1,
+            max_size=3,
+            unique_by=lambda item: item.url,
+        ).map(tuple),
         nproc=st.integers(1, MAX_NPROC),
         every_s=st.floats(0.001, 1e6),
         max_restarts=st.integers(0, 100),
@@ -108,6 +114,13 @@ _TEXT = st.text(min_size=1, max_size=8)
         reuse_unchanged=st.booleans(),
         flush_max_bytes_per_s=st.integers(0, 2**40),
         overlap=st.sampled_from(config_module.OVERLAPS),
+        resume_from=st.none()
+        | st.builds(
+            Origin,
+            place=st.from_regex(r"(s3://|/|)[a-z]{1,5}(/[a-z]{1,5}){0,2}", fullmatch=True),
+            job=st.from_regex(r"[a-z][a-z0-9._-]{0,5}", fullmatch=True),
+            options=st.dictionaries(_TEXT, _TEXT, max_size=2),
+        ),
     )
 )
 def test_round_trip(config: JobConfig) -> None:
@@ -139,6 +152,12 @@ def test_round_trip(config: JobConfig) -> None:
         ({"cwd": []}, "cwd must be text, not []"),
         ({"env": {"OMP_NUM_THREADS": 1}}, "env must be a table of strings"),
         ({"env": ["A=1"]}, "env must be a table of strings"),
+        ({"resume_from": 7}, "resume_from must be PLACE/JOB, or a table with that as its url, not 7"),
+        ({"resume_from": ["/a/gpt"]}, "resume_from must be PLACE/JOB, or a table with that as its url, not"),
+        ({"resume_from": {"region": "eu"}}, "names no job to resume from"),
+        ({"resume_from": {"url": "/a/gpt", "keep_last": 9}}, "resume_from has no setting keep_last"),
+        ({"resume_from": {"url": "/a/gpt", "max": "2TB"}}, "resume_from has no setting max_bytes"),
+        ({"resume_step": "3"}, "resume_step must be a whole number, not '3'"),
     ],
 )
 def test_json_of_another_type_is_refused(changes: dict[str, Any], says: str) -> None:
@@ -191,6 +210,8 @@ def test_a_job_file(tmp_path: Path) -> None:
         flush_max = "500MB/s"
         overlap = "off"
         env = {OMP_NUM_THREADS = "1"}
+        resume_from = "old runs/base"
+        resume_step = 700
         """,
     )
     assert load_job_file(path) == JobConfig(
@@ -207,6 +228,8 @@ def test_a_job_file(tmp_path: Path) -> None:
         flush_max_bytes_per_s=500_000_000,
         overlap="off",
         env={"OMP_NUM_THREADS": "1"},
+        resume_from=Origin(f"{tmp_path}/old runs", "base"),
+        resume_step=700,
     )
 
 
@@ -268,6 +291,34 @@ def test_a_job_file_that_can_not_be_read(tmp_path: Path) -> None:
 def test_a_rate(text: str, bytes_per_s: int) -> None:
     """A rate is a size, of a second if one says so or not."""
     assert config_module.parse_rate(text, "--flush-max") == bytes_per_s
+
+
+@pytest.mark.parametrize(
+    ("value", "origin"),
+    [
+        ("s3://bucket/runs/gpt", Origin("s3://bucket/runs", "gpt")),
+        ("s3://bucket/gpt/", Origin("s3://bucket", "gpt")),
+        ("./gpt", Origin(".", "gpt")),
+        ("file:///data/runs/gpt", Origin("file:///data/runs", "gpt")),
+        ("/nvme0/runs,/nvme1/runs/gpt", Origin("/nvme0/runs,/nvme1/runs", "gpt")),
+        (
+            {"url": "s3://bucket/runs/gpt", "region": "eu-west-1", "options": {"profile": "other"}},
+            Origin("s3://bucket/runs", "gpt", {"region": "eu-west-1", "profile": "other"}),
+        ),
+    ],
+)
+def test_a_job_to_resume_from(value: object, origin: Origin) -> None:
+    """A place and a job are read from one text; a table may add what the plugin that opens the place takes."""
+    assert read_origin(value) == origin
+    assert read_origin(origin.to_json()) == origin
+
+
+@pytest.mark.parametrize("text", ["", "gpt", "/gpt", "s3://bucket", "s3://bucket/", "file:///gpt", "runs/a b", "a/.."])
+def test_no_job_to_resume_from(text: str) -> None:
+    """What names no job, or no place beside it, is refused with an example."""
+    with pytest.raises(ConfigError) as caught:
+        read_origin(text)
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("text", ["fast", "-1MB/s", "5MB/min", "5/s/s", ""])

@@ -40,6 +40,8 @@ def test_a_table() -> None:
         keep_best = "loss:min:3"
         keep_tagged = false
         max = "2TB"
+        grace = "1h"
+        garbage_after = "3d"
         every = "10m"
         backlog = 4
         upload_max = "200MB/s"
@@ -55,6 +57,8 @@ def test_a_table() -> None:
             keep_best="loss:min:3",
             keep_tagged=False,
             max_bytes=2 * 10**12,
+            grace_s=3600.0,
+            garbage_after_s=3 * 86400.0,
             every_s=600.0,
             backlog=4,
             upload_max_bytes_per_s=200_000_000,
@@ -96,6 +100,15 @@ def test_the_best_in_its_parts() -> None:
         ({"url": "/runs", "every_s": float("nan")}, "every_s of a store must be a number of seconds"),
         ({"url": "/runs", "backlog": 0}, "backlog is 0"),
         ({"url": "/runs", "options": 5}, "options of a store must be a table"),
+        ("/a,", "one of them has no name"),
+        (["/a,/b", "/b"], "store /b is named twice"),
+        ({"url": "/a", "disks": ["/b"]}, "a store has both url and disks"),
+        ({"disks": []}, "disks of a store must be a list of folders, not []"),
+        ({"disks": "/a"}, "disks of a store must be a list of folders, not '/a'"),
+        ({"disks": ["/a", 5]}, "disks of a store must be a list of folders"),
+        ({"disks": ["/a", "s3://b"]}, "disk 's3://b' of a store is a URL"),
+        ({"disks": ["/a,b", "/c"]}, "disk '/a,b' has a comma in its name"),
+        ({"disks": ["/a", "/a/"]}, "/a is named twice"),
     ],
 )
 def test_what_can_not_be_meant_is_refused(value: Any, says: str) -> None:
@@ -109,7 +122,7 @@ def test_what_can_not_be_meant_is_refused(value: Any, says: str) -> None:
 @given(
     st.builds(
         StoreConfig,
-        url=_TEXT,
+        url=_TEXT.filter(lambda text: "," not in text),
         keep_last=st.integers(1, 100),
         keep_every_s=st.floats(0, 1e6),
         keep_every_steps=st.integers(0, 10**9),
@@ -119,12 +132,23 @@ def test_what_can_not_be_meant_is_refused(value: Any, says: str) -> None:
         every_s=st.floats(0, 1e6),
         backlog=st.integers(1, 9),
         upload_max_bytes_per_s=st.integers(0, 2**40),
+        scrub_s=st.none() | st.floats(0, 1e6),
+        scrub_max_bytes_per_s=st.integers(0, 2**40),
         options=st.dictionaries(_TEXT, _TEXT, max_size=2),
     )
 )
 def test_round_trip(store: StoreConfig) -> None:
     """A tier that crosses the socket and the journal as JSON is the same, whatever the job's own default."""
     assert read_stores(json.loads(json.dumps([store.to_json()])), 50) == (store,)
+
+
+@pytest.mark.parametrize(
+    ("written", "scrub_s"), [({}, None), ({"scrub": "0"}, 0.0), ({"scrub": 0}, 0.0), ({"scrub": "12h"}, 43200.0)]
+)
+def test_scrub(written: dict[str, object], scrub_s: float | None) -> None:
+    """How often a copy is read again is a duration, nothing at all for "0", and the tier's own choice when not said."""
+    (store,) = read_stores({"url": "/a", "scrub_max": "5MB/s", **written}, 3)
+    assert (store.scrub_s, store.scrub_max_bytes_per_s) == (scrub_s, 5_000_000)
 
 
 def test_absolute() -> None:
@@ -135,3 +159,19 @@ def test_absolute() -> None:
         "/b",
         "s3://bucket/x",
     ]
+
+
+def test_several_disks() -> None:
+    """`disks` is another way to write a place with commas, and every disk is seen from the folder."""
+    (store,) = read_stores({"disks": ["a", "d"], "keep_last": 2}, 3)
+    assert store == StoreConfig("a,d", keep_last=2)
+    (absolute,) = absolute_stores((store,), Path("/home/me"))
+    assert absolute.url == "/home/me/a,/home/me/d"
+    assert read_stores([absolute.to_json()], 3) == (absolute,)
+
+
+def test_places_that_are_the_same_from_everywhere() -> None:
+    """Two tiers that turn out to have a disk in common are refused."""
+    stores = read_stores(["a,b", "./a"], 3)
+    with pytest.raises(ConfigError, match="store /home/me/a is named twice"):
+        absolute_stores(stores, Path("/home/me"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptd.types import CheckpointId, Held
 
@@ -81,6 +81,26 @@ def judge(held: Iterable[Held], policy: RetentionPolicy, in_use: Mapping[Checkpo
         )
         for item in newest_first
     ]
+
+
+def make_room(
+    held: Iterable[Held], policy: RetentionPolicy, in_use: Mapping[CheckpointId, str], needed_bytes: int
+) -> list[Verdict]:
+    """Return what goes from a tier that is full so that `needed_bytes` are free, oldest first.
+
+    Only what nothing but `keep_last` keeps may go, and never the newest: what a tag, another rule or a use keeps was
+    wanted for longer than its turn. It may be less than was asked for.
+    """
+    facts = {item.id: item for item in held}
+    strict = judge(facts.values(), replace(policy, keep_last=1, max_bytes=0), in_use)
+    going: list[Verdict] = []
+    for verdict in reversed(strict):
+        if needed_bytes <= 0:
+            break
+        if not verdict.keep:
+            going.append(replace(verdict, reasons=("the tier is full, and nothing but keep_last keeps it",)))
+            needed_bytes -= facts[verdict.id].size_bytes
+    return going
 
 
 def _named(newest_first: Sequence[Held], policy: RetentionPolicy) -> Iterable[tuple[str, Collection[CheckpointId]]]:

@@ -1,8 +1,8 @@
 """Wrappers: tiers around a tier, each adding one behaviour, so that a tier stays about its own place.
 
 All keep the contract and can be put around each other in any order. From the inside out, what usually makes sense:
-`VerifyingTier`, `MeteredTier` (so that every attempt counts), `LimitedTier`, `RetryingTier` (so that a wait between
-two attempts holds nobody else up).
+`MeteredTier` (so that every attempt counts), `LimitedTier`, `RetryingTier` (so that a wait between two attempts holds
+nobody else up), `VerifyingTier` (so that a look that fails does not send everything again).
 """
 
 from ckptd.storage.wrappers.limit import LimitedTier

@@ -78,6 +78,10 @@ class ForwardingTier:
         """Raise `StoreError` unless an object could be put now."""
         self._call("check_writable", "", self._inner.check_writable)
 
+    def hold(self, job: str, deadline_s: float) -> None:
+        """Keep every other process from holding a job's keys."""
+        self._call("hold", job, lambda: self._inner.hold(job, deadline_s))
+
     def close(self) -> None:
         """Let the tier within let go of connections and threads."""
         self._inner.close()

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from ckptd.errors import CkptdError, DamagedError, NotFoundError, StoreError
 from ckptd.storage.stream import Stream, piece, stream_of
-from ckptd.storage.tier import Data, Pace
+from ckptd.storage.tier import Data, Pace, Tier
 from ckptd.storage.wrappers.forwarding import ForwardingTier
 
 Result = TypeVar("Result")
@@ -35,8 +35,13 @@ class VerifyingTier(ForwardingTier):
 
     A put that came out wrong is removed again, since whoever copies takes an object of the right name for a good one,
     and raised as a transient `StoreError`: sending it again is what helps. A read that is short is a `DamagedError`,
-    even where the tier within says nothing.
+    even where the tier within says nothing; without `reads` that is left to a tier which knows how long its answers
+    have to be.
     """
+
+    def __init__(self, tier: Tier, *, reads: bool = True) -> None:
+        super().__init__(tier)
+        self._reads = reads
 
     def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         """Keep `data` under `key`, and look whether it is there."""
@@ -45,10 +50,12 @@ class VerifyingTier(ForwardingTier):
         problem = self._problem(key, stream)
         if problem is None:
             return
-        try:
-            self._inner.delete(key)
-        except CkptdError as error:
-            problem += f", and it can't be removed: {error.message}"
+        # Where no byte can change on its way, what a create-only put finds is somebody else's, and ours was lost.
+        if not (create_only and self.capabilities.server_checksum):
+            try:
+                self._inner.delete(key)
+            except CkptdError as error:
+                problem += f", and it can't be removed: {error.message}"
         raise StoreError(f"{self.url}: {key} was put and {problem}", hint="if it happens again, distrust that store")
 
     def _problem(self, key: str, data: Stream) -> str | None:
@@ -71,6 +78,8 @@ class VerifyingTier(ForwardingTier):
 
     def get(self, key: str) -> bytes:
         """Return a small object whole, and no less of it."""
+        if not self._reads:
+            return super().get(key)
         return self._whole(key, lambda: self._inner.get(key), len)
 
     def read_into(self, key: str, offset: int, into: memoryview) -> None:
@@ -79,6 +88,9 @@ class VerifyingTier(ForwardingTier):
         A mark lies on its last byte before: only what was read can have removed it. A byte that happens to be the mark
         is told from one that was not filled by another mark, which one read of 256 is made a second time for.
         """
+        if not self._reads:
+            super().read_into(key, offset, into)
+            return
         for mark in _MARKS:
             into[-1:] = mark[: len(into)]
             super().read_into(key, offset, into)
@@ -88,7 +100,7 @@ class VerifyingTier(ForwardingTier):
 
     def open(self, key: str) -> int:
         """Return a descriptor of the whole object; a file that is lent is the object, whatever its size."""
-        if self.capabilities.lends_files:
+        if self.capabilities.lends_files or not self._reads:
             return super().open(key)
         return self._whole(key, lambda: self._inner.open(key), _descriptor_bytes, os.close)
 

@@ -21,7 +21,7 @@ from ckptd_integrations.torch.layouts import Columns, LayoutCache, Placed, Place
 from ckptd_integrations.torch.overlap import CopyThread, PendingCopy, StepHook, Watch
 from ckptd_integrations.torch.roles import Roles
 from ckptd_integrations.torch.tensors import DTYPES, TensorTable
-from ckptd_integrations.torch.tree import TREE_VERSION
+from ckptd_integrations.torch.values import TREE_VERSION
 from ckptd_integrations.torch.witness import Witness, narrowed
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ckptd.errors import StateError
 from ckptd_integrations.torch import loading
+from ckptd_integrations.torch.forms import formed, is_any
 from ckptd_integrations.torch.nodes import (
     MAPPINGS,
     SEQUENCES,
@@ -29,6 +30,7 @@ from ckptd_integrations.torch.nodes import (
 from ckptd_integrations.torch.objects import GENERATOR, object_kind
 from ckptd_integrations.torch.optimizers import ParameterState
 from ckptd_integrations.torch.sources import CheckpointTensors
+from ckptd_integrations.torch.values import ANY
 
 Fill = Callable[[], Any]
 _MISSING: Any = object()
@@ -51,6 +53,7 @@ class Fitter:
 
         Raises `StateError` when the object can't be filled in place and is one that the user may hold on to.
         """
+        node = formed(node, current, name)
         fillable = isinstance(current, (Tensor, dict, list, set, deque)) or _is_array(current)
         if fillable and not _is_same_kind(node, current):
             raise _mismatch(node, current, name)
@@ -61,6 +64,8 @@ class Fitter:
 
         `like` is a container of the same form, as far as there is one: new tensors are made as those in it are.
         """
+        if isinstance(node, ObjectNode) and node.kind == ANY:
+            return self.build(node.content, path, like)
         if isinstance(node, TensorNode):
             tensor = self._make(node, path, like)
             return lambda: tensor.numpy() if node.is_array else tensor
@@ -84,6 +89,10 @@ class Fitter:
         """Check `node` against the object at `path`; the returned function fills or replaces it."""
         # Asking a tensor whether it is a generator takes longer than all else that is done with it.
         kind = None if current is _MISSING or isinstance(current, Tensor) else object_kind(current)
+        if is_any(node):
+            return (
+                self.build(node, path) if current is _MISSING else self.fit(formed(node, current, path), current, path)
+            )
         if isinstance(node, ObjectNode):
             if kind != node.kind:
                 raise _mismatch(node, current, path)

@@ -12,18 +12,13 @@ from torch import Tensor
 
 from ckptd.client.framework import Membership
 from ckptd.storage.image import Layout, TensorSpec, plan
+from ckptd_integrations.torch import values
 from ckptd_integrations.torch.arrangement import Alike, Part, arrange, row_major_offset
 from ckptd_integrations.torch.roles import Roles
 from ckptd_integrations.torch.tensors import TensorTable
-from ckptd_integrations.torch.tree import TREE_VERSION
 
-METADATA: Mapping[str, str] = {
-    "format": "pt",
-    "ckptd.framework": "torch",
-    "ckptd.tree": str(TREE_VERSION),
-    "torch": str(torch.__version__),
-}
-"""What the header of an image says about its contents; `format` is what the safetensors world looks for."""
+METADATA: Mapping[str, str] = {**values.METADATA, "torch": str(torch.__version__)}
+"""What the header of a captured image says about its contents."""
 
 SMALL_BYTES = 1024 * 1024
 """What could be copied beside training and is less than this in all is copied at the boundary: it takes no longer than

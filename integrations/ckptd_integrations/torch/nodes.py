@@ -15,7 +15,8 @@ import torch
 
 from ckptd.errors import DamagedError, StateError
 from ckptd_integrations.torch.tensors import View
-from ckptd_integrations.torch.tree import FACTORIES, TREE_VERSION
+from ckptd_integrations.torch.tree import FACTORIES
+from ckptd_integrations.torch.values import TREE_VERSION
 
 MAPPINGS: Mapping[str, type] = {kind.__name__: kind for kind in (dict, OrderedDict, Counter, defaultdict)}
 SEQUENCES: Mapping[str, type] = {kind.__name__: kind for kind in (list, tuple, deque)}
@@ -80,8 +81,10 @@ class Document(NamedTuple):
 def read_document(blob: bytes) -> Document:
     """Decode a values blob; raises `DamagedError` when it is none, `StateError` when a newer ckptd wrote it."""
     try:
-        outer = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-        version, text = outer["version"], outer["tree"]
+        # An import writes the text itself, since it may have to do without torch.
+        is_text = blob.startswith(b"{")
+        outer = json.loads(blob) if is_text else torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+        version, tree = outer["version"], outer if is_text else outer["tree"]
     except (UnpicklingError, RuntimeError, KeyError, TypeError, ValueError, EOFError) as error:
         raise DamagedError("the values of a shard can't be read") from error
     if version != TREE_VERSION:
@@ -90,7 +93,7 @@ def read_document(blob: bytes) -> Document:
             hint="restore with the version of ckptd that wrote the checkpoint, or a later one",
         )
     try:
-        document = json.loads(text)
+        document = tree if is_text else json.loads(tree)
         return Document(
             {name: _decode(node) for name, node in document["entries"]},
             {str(name): str(first) for name, first in document["aliases"].items()},

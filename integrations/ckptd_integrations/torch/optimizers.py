@@ -81,16 +81,19 @@ def _parameters(groups: Node | None, optimizer: Optimizer) -> Iterator[tuple[Any
 
 
 def check_groups(node: ObjectNode, optimizer: Optimizer, path: str) -> None:
-    """Raise `StateError` unless an optimizer has groups of parameters of the shapes that were captured."""
-    captured = node.shapes or []
+    """Raise `StateError` unless an optimizer has groups of parameters of the shapes that were captured.
+
+    Of an imported state only the number of parameters is known.
+    """
+    counts = [len(group) for group in node.shapes] if node.shapes is not None else list(_counts(node.content))
     own = [[tuple(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
-    if [len(group) for group in captured] != [len(group) for group in own]:
+    if counts != [len(group) for group in own]:
         raise StateError(
-            f"optimizer {path!r} has parameter groups of {[len(group) for group in captured]} parameters in the"
+            f"optimizer {path!r} has parameter groups of {counts} parameters in the"
             f" checkpoint and of {[len(group) for group in own]} now",
             hint="bind what the captured run bound, or start a new job",
         )
-    for number, (before, now) in enumerate(zip(captured, own, strict=True)):
+    for number, (before, now) in enumerate(zip(node.shapes or (), own, strict=False)):
         for index, (shape, own_shape) in enumerate(zip(before, now, strict=True)):
             if shape != own_shape:
                 raise StateError(
@@ -98,6 +101,14 @@ def check_groups(node: ObjectNode, optimizer: Optimizer, path: str) -> None:
                     f" and {list(own_shape)} now",
                     hint="give the optimizer its parameters in the order of the captured run",
                 )
+
+
+def _counts(content: Node) -> Iterator[int]:
+    """Yield how many parameters each group has in an optimizer's state."""
+    groups = content.find("param_groups") if isinstance(content, MappingNode) else None
+    for group in groups.items if isinstance(groups, SequenceNode) else ():
+        numbers = group.find("params") if isinstance(group, MappingNode) else None
+        yield 0 if numbers is None else len(plain(numbers))
 
 
 class _Numbers(list[Any]):

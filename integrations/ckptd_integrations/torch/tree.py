@@ -14,7 +14,7 @@ leaves and tuples: as text they are loaded by a parser that can't run code, and 
     ("array", "list" | "tuple", code, data)     many ints or floats, packed
     ("int", hex)  ("complex", real, imag)  ("bytes", data)  ("dtype", name)  ("device", name)  ("size", (size, ...))
     ("scalar", dtype, data)                     a NumPy scalar
-    ("object", kind, class, node, shapes)       what `state_dict()` of an object returned
+    ("object", kind, class, node, shapes)       what `state_dict()` of an object returned; of kind "any" it was imported
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ import torch
 from torch import Tensor
 
 from ckptd.errors import StateError
-from ckptd.storage.image import VALUES_NAME
 from ckptd_integrations.torch import objects
 from ckptd_integrations.torch.tensors import PLAIN_TYPES, refuse, unsupported_kind
+from ckptd_integrations.torch.values import initial_names, unique
 
-TREE_VERSION = 1
 MAX_DEPTH = 100
 """Containers nested deeper than this are refused; one that contains itself is the usual reason."""
 NESTED_ITEMS = 16
@@ -97,7 +96,7 @@ class Harvest:
         self.names: list[str] = []
         self.tensors: list[Tensor] = []
         self.optimizers: list[Stepping] = []
-        self._used = {VALUES_NAME, "__metadata__"}
+        self._used = initial_names()
 
     def encode(self, value: Any, path: str, holds: Holds = Holds.OBJECTS, depth: int = 0) -> Any:
         """Return the node of `value`, which lies at `path`; raises `StateError` naming what can't be captured."""
@@ -214,12 +213,7 @@ class Harvest:
     def _tensor(self, value: Tensor, path: str, holds: Holds, tag: str = "tensor") -> Any:
         if holds is Holds.VALUES:
             _refuse_value(path, "a tensor")
-        wanted = path if path.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
-        name, number = wanted, 1
-        while name in self._used:
-            number += 1
-            name = f"{wanted}~{number}"
-        self._used.add(name)
+        name = unique(path, self._used)
         self.names.append(name)
         self.tensors.append(value)
         return (tag, name)

@@ -34,7 +34,25 @@ HINTS = {
     "NotImplemented": "this server lacks what S3 has; see the options of the store",
 }
 """Codes that no retry cures, and what does."""
-_WORDS = {"Timeout": "no answer in time", "Connect": "can't connect", "Decode": "the answer broke off"}
+_WORDS = {
+    "Timeout": "no answer in time",
+    "Connect": "can't connect",
+    "Decode": "the answer broke off",
+    "Interrupted": "the connection broke off",
+}
+STALE = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "401", "403", "400")
+"""Codes, and statuses of answers without one, of credentials that may have been replaced since they were read."""
+
+
+def timed_out(error: Exception) -> bool:
+    """Whether a request took longer than it may."""
+    return _first(_KIND, str(error)) == "Timeout"
+
+
+def is_stale(error: Exception) -> bool:
+    """Whether other credentials might have been let in."""
+    text = str(error)
+    return (_first(_CODE, text) or (_first(_STATUS, text) or "")[:3]) in STALE
 
 
 def translated(verb: str, where: str, error: Exception, problem: StoreError | None) -> CkptdError:
@@ -45,6 +63,8 @@ def translated(verb: str, where: str, error: Exception, problem: StoreError | No
     doing = f"can't {verb} {where}"
     if isinstance(error, UnauthenticatedError) and problem is not None:
         return type(problem)(f"{doing}: {problem.message}", hint=problem.hint)
+    if code == "NoSuchUpload":
+        return StoreError(f"{doing}: {code}", hint="somebody else has completed or ended this upload")
     if isinstance(error, FileNotFoundError) and code != "NoSuchBucket":
         return NotFoundError(f"no object {where}")
     if isinstance(error, AlreadyExistsError):
@@ -55,6 +75,8 @@ def translated(verb: str, where: str, error: Exception, problem: StoreError | No
         return DamagedError(f"{where} ends before the bytes that were wanted")
     if code in HINTS:
         return RefusedError(f"{doing}: {code}", hint=HINTS[code])
+    if code is None and status.startswith("400"):  # an answer to HEAD has no body that could say more
+        return RefusedError(f"{doing}: {status.strip()}", hint=_KEYS)
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status[:3] in ("401", "403"):
         return RefusedError(f"{doing}: {code or status.strip() or 'no permission'}", hint=HINTS["AccessDenied"])
     if isinstance(error, ValueError):

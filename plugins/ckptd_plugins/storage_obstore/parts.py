@@ -14,6 +14,21 @@ _LET_GO_DEADLINE_S = 30.0
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
+class Waiting:
+    """A pace, and how long it has kept us waiting."""
+
+    def __init__(self, pace: Pace | None) -> None:
+        self._pace = pace
+        self.seconds = 0.0
+
+    def __call__(self, size_bytes: int) -> None:
+        """Wait until so many bytes may be moved."""
+        if self._pace is not None:
+            begin_s = time.monotonic()
+            self._pace(size_bytes)
+            self.seconds += time.monotonic() - begin_s
+
+
 class Parts:
     """An iterator over the parts of a stream, for one put.
 
@@ -22,7 +37,7 @@ class Parts:
     soon as the engine has let go of it: a memoryview tells, since it can't be released before.
     """
 
-    def __init__(self, stream: Stream, part_bytes: int, pace: Pace | None) -> None:
+    def __init__(self, stream: Stream, part_bytes: int, pace: Pace) -> None:
         self._stream = stream
         self._part_bytes = part_bytes
         self._pace = pace
@@ -46,8 +61,7 @@ class Parts:
         if begin == end:
             raise StopIteration
         try:
-            if self._pace is not None:
-                self._pace(end - begin)
+            self._pace(end - begin)
             part, room = self._part(begin, end)
         except BaseException as error:
             self.error = error

@@ -11,20 +11,10 @@ from ckptd_plugins.storage_s3.options import S3Options
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config
 
-SLOWEST_BYTES_PER_S = 2 * 2**20
-"""With less than this for all parts in flight together a part is given up, and sent again."""
 NO_RETRIES: RetryConfig = {"max_retries": 0}
 _IDLE_S = 15.0
 """How long an unused connection is kept: shorter than servers keep theirs, so that none is used as it is closed."""
 _WHOLE_REQUEST_S = 3600.0
-
-
-def sending_limit_s(options: S3Options, size_bytes: int) -> float:
-    """Return how long a request that sends so much may take.
-
-    The engine knows only a limit for all of a request, not for standing still; others may be in flight beside it.
-    """
-    return options.timeout_s + options.parts_in_flight * size_bytes / SLOWEST_BYTES_PER_S
 
 
 def store(options: S3Options, bucket: str, endpoint: str | None, region: str | None) -> S3Config:
@@ -57,7 +47,11 @@ def store(options: S3Options, bucket: str, endpoint: str | None, region: str | N
 
 
 def client(options: S3Options, endpoint: str | None) -> ClientConfig:
-    """Return the settings of HTTP for requests that are answered soon, or piece by piece."""
+    """Return the settings of HTTP.
+
+    The timeout of reading begins anew with each piece that comes. But it runs while a request is sent, too, and no
+    piece that goes moves it: see `gears`.
+    """
     return {
         "allow_http": is_plain(endpoint),
         "connect_timeout": timedelta(seconds=options.connect_timeout_s),
@@ -67,20 +61,16 @@ def client(options: S3Options, endpoint: str | None) -> ClientConfig:
     }
 
 
-def client_of_sending(options: S3Options, endpoint: str | None, size_bytes: int) -> ClientConfig:
-    """Return the settings of HTTP for requests that are answered when all of their many bytes are there."""
-    limit = timedelta(seconds=sending_limit_s(options, size_bytes))
-    return {**client(options, endpoint), "read_timeout": limit, "timeout": limit}
-
-
-def retries_of_parts(options: S3Options, part_bytes: int) -> RetryConfig:
+def retries_of_parts(options: S3Options) -> RetryConfig:
     """Return how often the engine sends a part again by itself.
 
-    All else is retried by who calls a tier. A part is not, since one that fails would cost all that were sent.
+    All else is retried by who calls a tier. A part is not, since one that fails would cost all that were sent. The
+    waits add up to 20 s; a part that ran out of time is not sent again, since a server that hangs would be waited for
+    twice, and once more when what was sent is taken back.
     """
     return {
-        "max_retries": 4,
-        "retry_timeout": timedelta(seconds=sending_limit_s(options, part_bytes)),
+        "max_retries": 8,
+        "retry_timeout": timedelta(seconds=options.timeout_s),
         "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=5), "base": 2},
     }
 

@@ -7,31 +7,28 @@ is left for `sweep`: this engine can't go on with either, which the capability `
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import obstore
-from obstore.store import S3Store
 
 from ckptd.errors import CkptdError, DamagedError, RefusedError, StoreError
 from ckptd.storage.stream import stream_of
 from ckptd.storage.tier import Capabilities, Cost, Data, Entry, FailureGroup, Pace
 from ckptd.units import show_size
-from ckptd_plugins.storage_obstore import settings
-from ckptd_plugins.storage_obstore.credentials import Chain
-from ckptd_plugins.storage_obstore.failures import ENGINE_ERRORS, translated
-from ckptd_plugins.storage_obstore.parts import Parts
+from ckptd_plugins.storage_obstore import gears
+from ckptd_plugins.storage_obstore.failures import ENGINE_ERRORS, is_stale, timed_out, translated
+from ckptd_plugins.storage_obstore.parts import Parts, Waiting
+from ckptd_plugins.storage_obstore.stores import Stores
 from ckptd_plugins.storage_obstore.sweeping import end_uploads
 from ckptd_plugins.storage_s3.options import Place, S3Options
 from ckptd_plugins.storage_s3.parts import part_bytes_for
-
-if TYPE_CHECKING:
-    from obstore.store import RetryConfig
 
 CREATE_ONLY_MAX_BYTES = 64 * 2**20
 _SMALL_BYTES = 2**20
@@ -39,6 +36,8 @@ _CHUNK_BYTES = 2**18
 """What is copied at once on the way in: small enough for the cache of a core, large enough to be few calls."""
 _LIST_CHUNK = 1000
 _TEMPORARY = ".tmp-"
+_PROBES = f"{_TEMPORARY}probes/"
+"""A folder of their own, so that those which a killed agent has left are found without a look at every job."""
 
 Take = Callable[[int, bytes], None]
 """Is given bytes of an object and where in it they lie."""
@@ -55,6 +54,7 @@ class ObstoreTier:
         multipart=False,
         server_checksum=True,
         consistent_list=True,
+        exclusive_hold=False,
         lends_files=False,
         cost=Cost.NETWORK,
         failure_group=FailureGroup.SITE,
@@ -63,36 +63,11 @@ class ObstoreTier:
     def __init__(self, place: Place, options: S3Options) -> None:
         self._place, self._options = place, options
         self.url = place.url
-        self._chain = Chain(options)
-        self._endpoint = self._chain.endpoint
-        self._settings: dict[str, Any] = {
-            "prefix": place.prefix.rstrip("/") or None,
-            "config": settings.store(options, place.bucket, self._endpoint, self._chain.region),
-            "credential_provider": None if options.anon else self._chain,
-        }
-        self._store = S3Store(
-            place.bucket,
-            client_options=settings.client(options, self._endpoint),
-            retry_config=settings.NO_RETRIES,
-            **self._settings,
-        )
-        self._whole_store = self._sending(options.part_bytes, settings.NO_RETRIES)
-        self._part_store = self._sending_parts(options.part_bytes)
+        self._stores = Stores(place, options)
+        self._gear = gears.usual(options)
         self._attributes = {"Storage-Class": options.storage_class} if options.storage_class else None
         self._lock = threading.Lock()
         self._readers: ThreadPoolExecutor | None = None
-
-    def _sending(self, size_bytes: int, retries: RetryConfig) -> S3Store:
-        """Return the bucket as it is used to send so much in one request."""
-        return S3Store(
-            self._place.bucket,
-            client_options=settings.client_of_sending(self._options, self._endpoint, size_bytes),
-            retry_config=retries,
-            **self._settings,
-        )
-
-    def _sending_parts(self, part_bytes: int) -> S3Store:
-        return self._sending(part_bytes, settings.retries_of_parts(self._options, part_bytes))
 
     def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         """Send an object: whole when it is small or must be new, else in parts."""
@@ -103,24 +78,33 @@ class ObstoreTier:
                 f"can't create {self._where(key)}: {show_size(size_bytes)} in one request",
                 hint=f"this engine creates objects of up to {show_size(CREATE_ONLY_MAX_BYTES)} only",
             )
-        part_bytes = part_bytes_for(size_bytes, self._options.part_bytes)
+        gear = self._gear
+        part_bytes = part_bytes_for(size_bytes, gear.part_bytes)
         whole = create_only or size_bytes <= part_bytes
-        parts = Parts(stream, size_bytes if whole else part_bytes, pace)
+        waiting = Waiting(pace)
+        parts = Parts(stream, size_bytes if whole else part_bytes, waiting)
+        begin_s = time.monotonic()
         try:
             if whole:
                 self._put_whole(key, parts, create_only=create_only)
             else:
-                self._put_parts(key, parts, part_bytes)
+                self._put_parts(key, parts, part_bytes, gear.in_flight)
         except ENGINE_ERRORS as error:
             if parts.error is not None:
                 raise parts.error from None
+            if size_bytes > _SMALL_BYTES and timed_out(error):
+                self._gear = gears.GENTLE
             raise self._failed("create" if create_only else "put", key, error) from error
         finally:
             parts.settle()
+        took_s = time.monotonic() - begin_s - waiting.seconds
+        wanted = gears.after_success(gear, self._options, size_bytes, took_s)
+        if wanted != gear:
+            self._gear = wanted
 
     def _put_whole(self, key: str, parts: Parts, *, create_only: bool) -> None:
         obstore.put(
-            self._store if parts.size_bytes <= _SMALL_BYTES else self._whole_store,
+            self._stores.whole,
             key,
             list(parts) or b"",
             attributes=self._attributes,
@@ -128,22 +112,32 @@ class ObstoreTier:
             mode="create" if create_only else "overwrite",
         )
 
-    def _put_parts(self, key: str, parts: Parts, part_bytes: int) -> None:
-        usual = part_bytes == self._options.part_bytes
+    def _put_parts(self, key: str, parts: Parts, part_bytes: int, in_flight: int) -> None:
         obstore.put(
-            self._part_store if usual else self._sending_parts(part_bytes),
+            self._stores.parts,
             key,
             parts,
             attributes=self._attributes,
             use_multipart=True,
             chunk_size=part_bytes,
-            max_concurrency=self._options.parts_in_flight,
+            max_concurrency=in_flight,
         )
 
     def get(self, key: str) -> bytes:
-        """Return an object whole."""
+        """Return an object whole.
+
+        Nothing else vouches for all bytes of a manifest. So they are compared with the ETag where that is their MD5,
+        and read a second time where it is not.
+        """
+        found, etag = self._get(key)
+        if etag != hashlib.md5(found, usedforsecurity=False).hexdigest() and self._get(key)[0] != found:
+            raise StoreError(f"can't read {self._where(key)}: the bytes have changed on their way")
+        return found
+
+    def _get(self, key: str) -> tuple[bytes, str]:
         try:
-            return bytes(obstore.get(self._store, key).bytes())
+            result = obstore.get(self._stores.whole, key)
+            return bytes(result.bytes()), (result.meta["e_tag"] or "").strip('"')
         except ENGINE_ERRORS as error:
             raise self._failed("read", key, error) from error
 
@@ -192,7 +186,7 @@ class ObstoreTier:
     def _fetch_piece(self, key: str, take: Take, begin: int, end: int) -> str | None:
         at = begin
         try:
-            result = obstore.get(self._store, key, options={"range": (begin, end)})
+            result = obstore.get(self._stores.whole, key, options={"range": (begin, end)})
             for chunk in result.stream(min_chunk_size=_CHUNK_BYTES):
                 take(at, chunk)
                 at += len(chunk)
@@ -211,7 +205,7 @@ class ObstoreTier:
     def _everything(self, prefix: str) -> Iterator[Entry]:
         folder = prefix.rpartition("/")[0]
         try:
-            for chunk in obstore.list(self._store, folder or None, chunk_size=_LIST_CHUNK):
+            for chunk in obstore.list(self._stores.whole, folder or None, chunk_size=_LIST_CHUNK):
                 for found in chunk:
                     if found["path"].startswith(prefix):
                         yield Entry(found["path"], found["size"], found["last_modified"].timestamp())
@@ -221,7 +215,7 @@ class ObstoreTier:
     def delete(self, key: str) -> None:
         """Remove an object."""
         try:
-            obstore.delete(self._store, key)
+            obstore.delete(self._stores.whole, key)
         except FileNotFoundError as error:
             failed = self._failed("delete", key, error)
             if isinstance(failed, RefusedError):
@@ -231,10 +225,10 @@ class ObstoreTier:
 
     def sweep(self, prefix: str, older_than_s: float) -> Sequence[str]:
         """End open uploads, and remove probes."""
-        ended = end_uploads(self._chain, self._options, self._place, prefix, older_than_s)
+        ended = end_uploads(self._stores.chain, self._options, self._place, prefix, older_than_s)
         removed = [f"open upload of {key}" for key in ended]
         before_s = time.time() - older_than_s
-        for entry in self._everything(prefix):
+        for entry in {found.key: found for place in (prefix, _PROBES) for found in self._everything(place)}.values():
             if _is_temporary(entry.key) and entry.modified_at < before_s:
                 self.delete(entry.key)
                 removed.append(f"probe {self._where(entry.key)}")
@@ -242,11 +236,16 @@ class ObstoreTier:
 
     def check_writable(self) -> None:
         """List nothing, which only works in a bucket that is there, then put an object and delete it."""
-        probe = f"{_TEMPORARY}{os.urandom(8).hex()}-probe"
+        probe = f"{_PROBES}{_TEMPORARY}{os.urandom(8).hex()}"
         for _ in self.list(f"{probe}/"):
             pass
         self.put(probe, b"ckptd")
         self.delete(probe)
+
+    def hold(self, job: str, deadline_s: float) -> None:
+        """Refuse: a bucket has no locks."""
+        del deadline_s
+        raise RefusedError(f"{self.url} has no locks that could keep other agents from job {job}")
 
     def close(self) -> None:
         """Let go of the threads that read; connections go with the engine's stores."""
@@ -263,7 +262,7 @@ class ObstoreTier:
 
     def _head(self, key: str) -> Mapping[str, Any]:
         try:
-            return obstore.head(self._store, key)
+            return obstore.head(self._stores.whole, key)
         except ENGINE_ERRORS as error:
             raise self._failed("read", key, error) from error
 
@@ -271,7 +270,10 @@ class ObstoreTier:
         return self._place.show(key)
 
     def _failed(self, verb: str, key: str, error: Exception) -> CkptdError:
-        return translated(verb, self._where(key), error, self._chain.problem)
+        chain = self._stores.chain
+        if is_stale(error):
+            self._stores.renew(chain)
+        return translated(verb, self._where(key), error, chain.problem)
 
     def __repr__(self) -> str:
         """Return name and place, and no credentials."""

@@ -14,7 +14,7 @@ from s3fs.core import S3_RETRYABLE_ERRORS
 
 from ckptd.errors import DamagedError, FencedError, StoreError
 from ckptd.storage.pacing import be_nice
-from ckptd_plugins.storage_s3.failures import FROM_OUTSIDE, ReplacedError, explain
+from ckptd_plugins.storage_s3.failures import FROM_OUTSIDE, ReplacedError, StaleError, explain
 from ckptd_plugins.storage_s3.options import Place, S3Options
 
 Result = TypeVar("Result")
@@ -96,6 +96,7 @@ class Client:
         self._thread = threading.Thread(target=self._serve, name="ckptd-s3", daemon=True)
         self._lock = threading.Lock()
         self._closed = False
+        self._options = options
         self._filesystem = _filesystem(options, self._loop)
         self._thread.start()
 
@@ -176,10 +177,20 @@ class Client:
         except CancelledError as error:
             raise StoreError(f"can't {what} {where}: the tier was closed meanwhile") from error
         except (*S3_RETRYABLE_ERRORS, *FROM_OUTSIDE) as error:
-            raise explain(error, what, where) from error
+            failed = explain(error, what, where)
+            if isinstance(failed, StaleError):
+                self._renew()
+            raise failed from error
         except BaseException:
             future.cancel()  # this thread was interrupted
             raise
+
+    def _renew(self) -> None:
+        """Look for credentials anew with the next call: those that were refused may have been replaced on disk."""
+        with self._lock:
+            if not self._closed:
+                stale, self._filesystem = self._filesystem, _filesystem(self._options, self._loop)
+                asyncio.run_coroutine_threadsafe(_let_go(stale), self._loop)
 
     async def _watch(self, work: Coroutine[Any, Any, Result], progress: Progress) -> Result:
         """Await `work` unless it stands still: aiohttp's own timeout of reading does not begin before all is sent."""
@@ -203,12 +214,17 @@ class Client:
                 task.cancel()
             if others:
                 await asyncio.wait(others, timeout=_CLOSE_S / 2)
-            creator = getattr(self._filesystem, "_s3creator", None)
-            if creator is not None:
-                await creator.__aexit__(None, None, None)
+            await _let_go(self._filesystem)
             await self._loop.shutdown_default_executor()
         finally:
             self._loop.stop()
+
+
+async def _let_go(filesystem: Any) -> None:
+    """Close the connections of a filesystem, if it has been used."""
+    creator = getattr(filesystem, "_s3creator", None)
+    if creator is not None:
+        await creator.__aexit__(None, None, None)
 
 
 def _filesystem(options: S3Options, loop: asyncio.AbstractEventLoop) -> Any:

@@ -24,6 +24,7 @@ _CREDENTIALS = "check the credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_K
 _HINTS = {
     "AccessDenied": "the credentials are known, but not allowed this: see the policy of the bucket and of their owner",
     "AllAccessDisabled": "the bucket is closed",
+    "400": "see the credentials and the clock: an answer to HEAD says no more",
     "403": "see the credentials, and the policy of the bucket",
     "InvalidAccessKeyId": _CREDENTIALS,
     "SignatureDoesNotMatch": _CREDENTIALS,
@@ -39,6 +40,8 @@ _HINTS = {
     "NotImplemented": "the server does not know this part of S3",
 }
 _QUIET = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "TokenRefreshRequired"}
+_BARE = {"400", "401", "403"}
+"""What is left of an answer to HEAD, which has no body that could say more."""
 _NO_CREDENTIALS = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -59,6 +62,10 @@ _TIMEOUTS = (TimeoutError, boto.ReadTimeoutError, boto.ConnectTimeoutError)
 
 class UploadGoneError(StoreError):
     """Raised when a multipart upload was completed or aborted by somebody else meanwhile."""
+
+
+class StaleError(RefusedError):
+    """Raised when the credentials were not accepted, which others may be that have been put in their place."""
 
 
 class ConflictError(StoreError):
@@ -115,7 +122,8 @@ def _explain_answer(answer: boto.ClientError, said: str, where: str) -> CkptdErr
         return FullError(message, hint="free some space, lower keep_last, or use another --store")
     if code in _PASSES or status in (0, 408, 409, 425, 429) or (status >= 500 and status != 501):
         return StoreError(message, hint=hint)
-    return RefusedError(message, hint=hint)
+    kind = StaleError if code in _QUIET or code in _BARE else RefusedError
+    return kind(message, hint=hint)
 
 
 def _shown(answer: boto.ClientError, code: str) -> str:

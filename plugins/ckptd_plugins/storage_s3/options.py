@@ -76,7 +76,10 @@ class S3Options:
     parts_in_flight: int = 4
     connect_timeout_s: float = 5.0
     timeout_s: float = 30.0
-    """How long a request may stand still, in either direction, before it is given up."""
+    """How long a request may stand still, in either direction, before it is given up.
+
+    obstore can't see that of a request that sends: it may take so long in all, see `storage_obstore.gears`.
+    """
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> S3Options:

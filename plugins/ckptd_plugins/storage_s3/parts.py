@@ -34,14 +34,16 @@ def part_bytes_for(size_bytes: int, wanted_bytes: int) -> int:
     return max(wanted_bytes, -(-least // _GRAIN_BYTES) * _GRAIN_BYTES)
 
 
-def resumed_part_bytes(size_bytes: int, parts: Iterable[Part]) -> int | None:
+def resumed_part_bytes(size_bytes: int, wanted_bytes: int, parts: Iterable[Part]) -> int | None:
     """Return the size that the parts of an open upload were cut by, None when they can't be parts of such an object.
 
-    The largest is the measure: all are alike but the last. Should only that one have arrived and pass for another, the
-    bytes will tell.
+    Where none has arrived yet it is what is wanted. Else the largest is the measure: all are alike but the last.
+    Should only that one have arrived and pass for another, the bytes will tell.
     """
     found = tuple(parts)
-    part_bytes = max((part.size_bytes for part in found), default=0)
+    if not found:
+        return part_bytes_for(size_bytes, wanted_bytes)
+    part_bytes = max(part.size_bytes for part in found)
     if not MIN_PART_BYTES <= part_bytes <= MAX_PART_BYTES or count_of(size_bytes, part_bytes) > MAX_PARTS:
         return None
     fits = all(

@@ -27,6 +27,8 @@ from ckptd_plugins.storage_s3.upload import Uploads
 _RANGE_BYTES = 8 * 2**20
 """How much of a large object one request reads."""
 _PROBE = ".ckptd-probe-"
+_MARK = "ckptd-put"
+"""The metadata by which a create-only put knows its own object."""
 
 
 class S3Tier:
@@ -40,6 +42,7 @@ class S3Tier:
         multipart=True,
         server_checksum=True,
         consistent_list=True,
+        exclusive_hold=False,
         lends_files=False,
         cost=Cost.NETWORK,
         failure_group=FailureGroup.SITE,
@@ -78,14 +81,15 @@ class S3Tier:
         if pace is not None:
             pace(len(whole))
         checksum = sha256_of(whole)
-        answer = self._call(
-            "put_object",
-            "put",
-            key,
-            Body=whole,
-            ChecksumSHA256=checksum,
-            **({"IfNoneMatch": "*"} if create_only else {}),
-        )
+        mark = os.urandom(16).hex()
+        unless_there = {"IfNoneMatch": "*", "Metadata": {_MARK: mark}} if create_only else {}
+        try:
+            answer = self._call("put_object", "put", key, Body=whole, ChecksumSHA256=checksum, **unless_there)
+        except FencedError:
+            # The client sends a request again whose connection broke: the one in the way may be ours.
+            if self._mark(key) != mark:
+                raise
+            return
         if answer.get("ChecksumSHA256", checksum) != checksum:
             raise StoreError(f"can't put {self._place.show(key)}: the server has other bytes than were sent")
 
@@ -213,6 +217,11 @@ class S3Tier:
             hint="use a server that knows conditional writes (If-None-Match)",
         )
 
+    def hold(self, job: str, deadline_s: float) -> None:
+        """Refuse: a bucket has no locks."""
+        del deadline_s
+        raise RefusedError(f"{self.url} has no locks that could keep other agents from job {job}")
+
     def close(self) -> None:
         """Close the connections and end the thread behind them."""
         self._client.close()
@@ -223,6 +232,12 @@ class S3Tier:
         except NotFoundError:
             return False
         return True
+
+    def _mark(self, key: str) -> str | None:
+        with contextlib.suppress(NotFoundError, RefusedError):
+            found: str | None = self._call("head_object", "read", key).get("Metadata", {}).get(_MARK)
+            return found
+        return None
 
     def _head(self, key: str) -> tuple[int, str]:
         answer = self._call("head_object", "read", key)

@@ -146,7 +146,7 @@ class Uploads:
                 there = {part.number: part for part, _ in self._parts_of(name, upload.id)}
             except (UploadGoneError, NotFoundError, RefusedError):
                 continue
-            part_bytes = parts.resumed_part_bytes(size_bytes, there.values())
+            part_bytes = parts.resumed_part_bytes(size_bytes, self._options.part_bytes, there.values())
             if part_bytes is not None:
                 usable.append(Taken(upload.id, part_bytes, there))
         usable.sort(key=lambda taken: sum(part.size_bytes for part in taken.there.values()), reverse=True)

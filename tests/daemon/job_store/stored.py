@@ -5,12 +5,12 @@ from __future__ import annotations
 import mmap
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ckptd.core.events import Flush
 from ckptd.daemon.job_store import FlushResult, JobStore
-from ckptd.errors import StoreError
+from ckptd.errors import CkptdError, StoreError
 from ckptd.storage import catalog, image, keys
 from ckptd.storage.image import VALUES_NAME, TensorSpec
 from ckptd.storage.local import LocalTier
@@ -117,6 +117,12 @@ def referred(loaded: Manifest) -> set[tuple[int, str]]:
         for chunk in tensor.chunks
         if loaded.refers(chunk)
     }
+
+
+def prune(store: JobStore, ids: Sequence[CheckpointId], kept: Sequence[CheckpointId]) -> CkptdError | None:
+    """Prune; return the last thing that went wrong, if any."""
+    errors = store.pruning.prune(ids, kept).errors
+    return errors[-1] if errors else None
 
 
 def steps(*numbers: int) -> list[CheckpointId]:

@@ -27,6 +27,7 @@ from tests.daemon.job_store.stored import (
     make_image,
     order,
     pattern,
+    prune,
     referred,
 )
 
@@ -182,7 +183,7 @@ def test_an_offer_is_the_manifest(tier: LocalTier, store: JobStore) -> None:
     assert len(loaded.files) == 2
     opened = {file: store.open(file) for file in loaded.files}
     try:
-        assert store.prune([CheckpointId(1, 1), CheckpointId(1, 2)], []) is None
+        assert prune(store, [CheckpointId(1, 1), CheckpointId(1, 2)], []) is None
         (chunk,) = loaded.tensors["frozen"].chunks
         assert os.pread(opened[chunk.file], chunk.end - chunk.begin, chunk.begin) == pattern(1, 9000)
     finally:

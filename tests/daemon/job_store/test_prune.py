@@ -14,7 +14,7 @@ from ckptd.errors import DamagedError, FencedError, StoreError
 from ckptd.storage import catalog, keys
 from ckptd.storage.memory import MemoryTier
 from ckptd.types import CheckpointId
-from tests.daemon.job_store.stored import FailingTier, committed, flush, pattern, shard_files, steps
+from tests.daemon.job_store.stored import FailingTier, committed, flush, pattern, prune, shard_files, steps
 
 
 class StubbornTier(MemoryTier):
@@ -48,14 +48,14 @@ def test_bytes_that_are_named_stay(pool: ThreadPoolExecutor) -> None:
     tier = StubbornTier()
     store = JobStore(tier, "job", pool)
     frozen_history(store, 4)
-    assert store.prune(steps(1, 2), steps(3, 4)) is None
+    assert prune(store, steps(1, 2), steps(3, 4)) is None
     assert committed(tier) == tuple(steps(3, 4))
     assert shard_files(tier) == {keys.folder(CheckpointId(1, step)) + keys.shard_file(0) for step in (1, 3, 4)}
     assert tier.deleted[:2] == [keys.manifest_key("job", checkpoint) for checkpoint in steps(1, 2)]
     assert all(catalog.verify(tier, "job", checkpoint) == [] for checkpoint in steps(3, 4))
-    assert JobStore(tier, "job", pool).prune(steps(3), steps(4)) is None
+    assert prune(JobStore(tier, "job", pool), steps(3), steps(4)) is None
     assert catalog.verify(tier, "job", CheckpointId(1, 4)) == []
-    assert JobStore(tier, "job", pool).prune(steps(4), []) is None
+    assert prune(JobStore(tier, "job", pool), steps(4), []) is None
     assert tier.objects == {}
 
 
@@ -64,9 +64,9 @@ def test_manifests_are_read_once(pool: ThreadPoolExecutor) -> None:
     tier = StubbornTier()
     frozen_history(JobStore(tier, "job", pool), 5)
     store = JobStore(tier, "job", pool)
-    assert store.prune(steps(1), steps(2, 3, 4, 5)) is None
+    assert prune(store, steps(1), steps(2, 3, 4, 5)) is None
     tier.read.clear()
-    assert store.prune(steps(2), steps(3, 4, 5)) is None
+    assert prune(store, steps(2), steps(3, 4, 5)) is None
     assert tier.read == []
 
 
@@ -77,11 +77,11 @@ def test_a_checkpoint_that_will_not_go_is_whole(pool: ThreadPoolExecutor, step: 
     store = JobStore(tier, "job", pool)
     frozen_history(store, 3)
     tier.stubborn = keys.manifest_key("job", CheckpointId(1, step))
-    assert str(store.prune(steps(1, 2), steps(3))) == "it won't go"
+    assert str(prune(store, steps(1, 2), steps(3))) == "it won't go"
     assert committed(tier) == (CheckpointId(1, step), CheckpointId(1, 3))
     assert all(catalog.verify(tier, "job", checkpoint) == [] for checkpoint in steps(step, 3))
     tier.stubborn = ""
-    assert store.prune(steps(step), steps(3)) is None
+    assert prune(store, steps(step), steps(3)) is None
     assert committed(tier) == (CheckpointId(1, 3),)
 
 
@@ -91,11 +91,11 @@ def test_a_prune_that_was_interrupted_is_finished_by_the_next(pool: ThreadPoolEx
     store = JobStore(tier, "job", pool)
     frozen_history(store, 4)
     tier.stubborn = keys.shard_key("job", CheckpointId(1, 2), 0)
-    assert str(store.prune(steps(2), steps(1, 3, 4))) == "it won't go"
+    assert str(prune(store, steps(2), steps(1, 3, 4))) == "it won't go"
     tier.stubborn = ""
     tier.put(keys.shard_key("job", CheckpointId(1, 5), 0), b"an unfinished flush")
-    assert JobStore(tier, "job", pool).prune(steps(3), steps(1, 4)) is None
-    assert {checkpoint.step for checkpoint in catalog.listing(tier, "job").files.values()} == {1, 4, 5}
+    assert prune(JobStore(tier, "job", pool), steps(3), steps(1, 4)) is None
+    assert {found.checkpoint.step for found in catalog.listing(tier, "job").files.values()} == {1, 4}
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -105,7 +105,7 @@ def test_an_unreadable_manifest_stops_the_prune(pool: ThreadPoolExecutor, kept: 
     frozen_history(JobStore(tier, "job", pool), 4)
     before = dict(tier.objects)
     tier.put(keys.manifest_key("job", CheckpointId(1, 3)), b"{")
-    error = JobStore(tier, "job", pool).prune(steps(1, 2), steps(3, 4) if kept else steps(4))
+    error = prune(JobStore(tier, "job", pool), steps(1, 2), steps(3, 4) if kept else steps(4))
     assert isinstance(error, DamagedError)
     assert set(tier.objects) == set(before)
 
@@ -118,11 +118,11 @@ def test_a_zombie_prunes_nothing(pool: ThreadPoolExecutor) -> None:
     frozen_history(zombie, 3)
     assert heir.claim(2, CheckpointId(1, 3))
     before = dict(tier.objects)
-    error = zombie.prune(steps(1, 2), steps(3))
+    error = prune(zombie, steps(1, 2), steps(3))
     assert isinstance(error, FencedError)
     assert "generation 2" in error.message
     assert tier.objects == before
-    assert heir.prune(steps(1, 2), steps(3)) is None
+    assert prune(heir, steps(1, 2), steps(3)) is None
     assert committed(tier) == (CheckpointId(1, 3),)
 
 
@@ -138,6 +138,6 @@ def test_a_prune_beside_a_flush(tmp_path: Path, pool: ThreadPoolExecutor) -> Non
         )
         running.start()
         time.sleep(0.04 * turn)
-        assert store.prune(steps(1, 2), []) is None
+        assert prune(store, steps(1, 2), []) is None
         running.join()
         assert catalog.verify(tier, f"job-{turn}", CheckpointId(1, 3)) == []

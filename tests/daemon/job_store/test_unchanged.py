@@ -23,6 +23,7 @@ from tests.daemon.job_store.stored import (
     make_image,
     order,
     pattern,
+    prune,
     read_back,
     referred,
     shard_files,
@@ -188,12 +189,12 @@ def test_any_history_keeps_what_it_keeps(pool: ThreadPoolExecutor, data: st.Data
         gone = [checkpoint for checkpoint in kept if data.draw(st.integers(0, 3)) == 0]
         for pruned in gone:
             del kept[pruned]
-        assert store.prune(gone, list(kept)) is None
+        assert prune(store, gone, list(kept)) is None
         assert committed(tier) == tuple(sorted(kept))
         for checkpoint, wanted in kept.items():
             assert catalog.verify(tier, "job", checkpoint) == []
             assert read_back(tier, checkpoint) == wanted
         loaded = [catalog.load_manifest(tier, "job", checkpoint) for checkpoint in kept]
         assert shard_files(tier) == {file for item in loaded for file in item.files}
-    assert store.prune(list(kept), []) is None
+    assert prune(store, list(kept), []) is None
     assert all(keys.parse_generation_key(key) for key in tier.objects)

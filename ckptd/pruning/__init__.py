@@ -1,0 +1,1 @@
+"""Pruning jobs on tiers, for the agent and for `ckptctl prune`."""

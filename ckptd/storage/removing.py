@@ -1,0 +1,77 @@
+"""Removing checkpoints from a tier: for good, or so that it can be undone for a while.
+
+The manifest goes first, so what is left is no checkpoint. To be able to undo that, its bytes are put beside it under
+the name of a marker before; as long as that is there, the files stay. A removal that is killed in between leaves a
+committed checkpoint and a marker that means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ckptd.errors import FencedError, NotFoundError
+from ckptd.storage import catalog, keys
+from ckptd.storage.copying import commit
+from ckptd.storage.tier import Tier
+from ckptd.types import CheckpointId, Marker
+
+
+def uncommit(tier: Tier, job: str, checkpoint: CheckpointId, deleted_at: float | None = None) -> bool:
+    """Remove a checkpoint; with `deleted_at`, the time of the wall clock, leave a marker of it.
+
+    Returns whether there is a marker now; a checkpoint that is not there leaves none.
+    """
+    key = keys.manifest_key(job, checkpoint)
+    if deleted_at is not None:
+        try:
+            document = tier.get(key)
+        except NotFoundError:
+            return False
+        tier.put(keys.marker_key(job, checkpoint, deleted_at), document)
+    tier.delete(key)
+    return deleted_at is not None
+
+
+def finish(tier: Tier, job: str, checkpoint: CheckpointId, markers: Iterable[Marker]) -> bool:
+    """Make a removal final by removing its markers; return whether the checkpoint's files may go now.
+
+    They may not when somebody is undoing the removal, who puts the manifest back and then looks for the marker: of
+    the two, one at least sees the other.
+    """
+    for marker in markers:
+        tier.delete(keys.marker_key(job, checkpoint, marker.deleted_at))
+    return not holds(tier, keys.manifest_key(job, checkpoint))
+
+
+def undo(tier: Tier, job: str, checkpoint: CheckpointId) -> None:
+    """Commit a removed checkpoint again.
+
+    Raises `NotFoundError` when its removal is final or one of its files is missing, and `FencedError` when it is just
+    being made final.
+    """
+    markers = [marker for marker in catalog.listing(tier, job).markers if marker.checkpoint == checkpoint]
+    if not markers:
+        raise NotFoundError(
+            f"no removal of {checkpoint} of job {job} can be undone on {tier.url}",
+            hint=f"`ckptctl ls {job} --deleted` lists those that can",
+        )
+    newest = max(markers, key=lambda marker: marker.deleted_at)
+    key = keys.marker_key(job, checkpoint, newest.deleted_at)
+    document = tier.get(key)
+    for file in sorted(catalog.parse_manifest(document, f"{tier.url}/{key}", job, checkpoint).files):
+        tier.size_bytes(f"{job}/{file}")
+    commit(tier, job, checkpoint, document)
+    if not holds(tier, key):
+        tier.delete(keys.manifest_key(job, checkpoint))
+        raise FencedError(f"the removal of {checkpoint} of job {job} on {tier.url} was just made final")
+    for marker in markers:
+        tier.delete(keys.marker_key(job, checkpoint, marker.deleted_at))
+
+
+def holds(tier: Tier, key: str) -> bool:
+    """Whether an object is there."""
+    try:
+        tier.size_bytes(key)
+    except NotFoundError:
+        return False
+    return True

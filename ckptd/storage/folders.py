@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -12,9 +13,17 @@ def make_folders(folder: Path) -> None:
     while not folder.is_dir():
         missing.append(folder)
         folder = folder.parent
+    if missing:
+        sync_name(folder)
     for new in reversed(missing):
         new.mkdir(exist_ok=True)
         sync_folder(new.parent)
+
+
+def sync_name(folder: Path) -> None:
+    """Make the name of a folder durable: whoever made it may have been killed before that was done."""
+    with contextlib.suppress(PermissionError):  # the parent is somebody else's, and so was the making
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ckptd.errors import DamagedError, FencedError, FullError, NotFoundError, RefusedError, StoreError
 from ckptd.storage import direct
-from ckptd.storage.folders import make_folders, sync_folder
+from ckptd.storage.folders import make_folders, sync_folder, sync_name
 from ckptd.storage.hints import hint_for
 from ckptd.storage.holding import NO_LOCKS, Holds
 from ckptd.storage.image import BLOCK_BYTES
@@ -82,6 +82,7 @@ class LocalTier:
         try:
             _write_new(temporary, data, pace, self._spares)
             if create_only:
+                sync_name(path.parent)
                 _link_new(temporary, path)
             else:
                 temporary.rename(path)

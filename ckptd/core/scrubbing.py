@@ -110,11 +110,13 @@ class Scrubbing(Planning):
         if not event.problems:
             self._is_sound(source)
             return effects
+        if source not in tiers.damaged:  # or it was said when that was found out
+            more = f" (and {len(event.problems) - 1} more)" if len(event.problems) > 1 else ""
+            fields = {"step": source.id.step, "tier": source.tier, "error": event.problems[0] + more}
+            effects.append(Log("checkpoint damaged", fields, level="error"))
         self._distrust(source)
-        more = f" (and {len(event.problems) - 1} more)" if len(event.problems) > 1 else ""
-        fields = {"step": source.id.step, "tier": source.tier, "error": event.problems[0] + more}
         self._scrubbing = tiers.mending = source
-        return [*effects, Log("checkpoint damaged", fields, level="error"), Mend(source)]
+        return [*effects, Mend(source)]
 
     def _mended(self, event: Mended, now: Now) -> list[Effect]:
         source = event.source

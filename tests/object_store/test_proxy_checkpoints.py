@@ -14,7 +14,7 @@ from tests.object_store.faults import Answer, Fault, Flip, LoseAnswer, Reset, St
 from tests.object_store.proxied import Bucket, chosen
 from tests.storage.checkpoints import FIRST, JOB, LATER, fill, flip, good, is_right, needed
 
-_LONG = {"a stall in a file", "a file that breaks off", "a manifest that breaks off", "changed bytes for good"}
+_LONG = {"a stall in a file", "a file that breaks off", "a manifest that breaks off", "changed bytes for good", "503s"}
 MANIFEST = keys.manifest_key(JOB, LATER)
 
 

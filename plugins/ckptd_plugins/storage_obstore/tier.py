@@ -126,8 +126,8 @@ class ObstoreTier:
     def get(self, key: str) -> bytes:
         """Return an object whole.
 
-        Nothing else vouches for all bytes of a manifest. So they are compared with the ETag where that is their MD5,
-        and read a second time where it is not.
+        Nothing else vouches for all bytes of a manifest. So they are compared with the ETag, and where that is not
+        their MD5, as with a key of KMS, they are read a second time and have to be the same.
         """
         found, etag = self._get(key)
         if etag != hashlib.md5(found, usedforsecurity=False).hexdigest() and self._get(key)[0] != found:

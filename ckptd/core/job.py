@@ -91,12 +91,10 @@ class JobMachine(Scrubbing):
             case e.CheckpointWanted():
                 self.keeper.want(now.s)
             case RoomMade():
-                effects = self.keeper.on_room_made(event, now.s, restorable=self.offers.newest_on(event.tier))
-                self.offers.keep(self.keeper.tiers.held)
-                self.keeper.tiers.pruned(event.tier, event.ids, done=True)
-                return effects
+                self._pruned(event)
+                return self._room_made(event, now)
             case Pruned():
-                self.keeper.tiers.pruned(event.tier, event.ids, done=event.done)
+                self._pruned(event)
                 for checkpoint in event.unreadable:
                     self.suspect(Source(checkpoint, event.tier))
             case Scrubbed():
@@ -117,6 +115,7 @@ class JobMachine(Scrubbing):
         if self.state is not JobState.PREPARING:
             return []
         self._move(JobEvent.CLAIMED)
+        self._full_claims = 0
         offer = self._offer
         self.offers.began_with(offer)
         self._last_generation = event.generation
@@ -245,6 +244,10 @@ class JobMachine(Scrubbing):
         self.offers.keep(self.keeper.tiers.held)
         return effects + self.recovery.committed(event.id) if flushed else effects
 
+    def _pruned(self, event: Pruned | RoomMade) -> None:
+        self.keeper.tiers.pruned(event.tier, event.ids, event.left)
+        self.offers.went(event.tier, event.ids, event.left)
+
     # --- failure ----------------------------------------------------------------------------------------------
 
     def _exited(self, event: e.RankExited, now: Now) -> list[Effect]:
@@ -365,7 +368,7 @@ class JobMachine(Scrubbing):
                 return effects + self._plan(now)
             if self.state is JobState.STOPPING:
                 return [*effects, Log("stop without checkpoint", level="warning"), *self._terminate(now)]
-        return effects + self._warn_unprotected(now) + self._scrub(now)
+        return effects + self._plan_again(now) + self._warn_unprotected(now) + self._scrub(now)
 
     def _warn_unprotected(self, now: Now) -> list[Effect]:
         generation = self.generation

@@ -295,12 +295,19 @@ class Keeper:
             self._making_room = True
         return [Log("flush failed", fields, level="error"), *room, *self._settle(now_s)]
 
+    def want_room(self, restorable: CheckpointId | None, *, garbage_only: bool) -> list[Effect]:
+        """Have garbage and, unless that is to be all, a checkpoint go from the first tier; one order at a time."""
+        if self._making_room:
+            return []
+        self._making_room = True
+        return [(None if garbage_only else self.tiers.make_room(restorable, 1)) or self.tiers.no_garbage()]
+
     def on_room_made(self, event: RoomMade, now_s: float, *, restorable: CheckpointId | None = None) -> list[Effect]:
         """Try the flush again that found the first tier full, or let checkpoints go for it first.
 
         How much is missing nobody says, so it is all of the snapshot; but what the first failure of a snapshot has set
-        free is not its own left-over, and counts. When nothing may go any more, the snapshot stays in memory like after
-        any other failure: it or a newer one is tried again later.
+        free is not its own left-over, and counts. When nothing may go any more, or what may go would not, the snapshot
+        stays in memory like after any other failure: it or a newer one is tried again later.
         """
         self._making_room = False
         snapshot = self.book.unflushed
@@ -309,10 +316,11 @@ class Keeper:
         missing_bytes = sum(snapshot.image_bytes.values())
         if snapshot.flush_failures <= 1:
             missing_bytes -= event.freed_bytes
-        if event.ids or missing_bytes <= 0:
+        if not event.left.keys() >= set(event.ids) or missing_bytes <= 0:
             self._retry_flush_at_s = now_s
             return self._settle(now_s)
-        order = self.tiers.make_room(restorable, missing_bytes)
+        stuck = not all(event.left.values())
+        order = None if stuck else self.tiers.make_room(restorable, missing_bytes)
         if order is not None:
             self._making_room = True
             return [order, *self._settle(now_s)]
@@ -323,7 +331,7 @@ class Keeper:
         fields: dict[str, object] = {
             "step": snapshot.id.step,
             "tier": event.tier,
-            "reason": "the tier is full, and nothing there may go",
+            "reason": "the tier is full, and " + ("what may go does not" if stuck else "nothing there may go"),
             "missing_bytes": missing_bytes,
         }
         return [Log("checkpoint skipped", fields, level="warning"), *self._settle(now_s)]

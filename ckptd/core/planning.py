@@ -7,8 +7,12 @@ from ckptd.core.ending import Ending
 from ckptd.core.events import Effect, Log
 from ckptd.core.job_spec import JobSpec, Now
 from ckptd.core.job_states import JobEvent, JobState
+from ckptd.core.prune_events import RoomMade
 from ckptd.core.restore import MEMORY, Offers, Source, nothing_left
-from ckptd.errors import CkptdError, DamagedError
+from ckptd.errors import CkptdError, DamagedError, FullError
+
+_CLAIM_RETRY_S = 5.0
+"""How long a job waits that found no room for the record of its next generation, unless room is made before."""
 
 
 class Planning(Ending):
@@ -20,6 +24,9 @@ class Planning(Ending):
         self._last_generation = 0
         self._offer: Source | None = None
         self._offer_world_size = spec.world_size
+        self._full_claims = 0
+        """How often in a row there was no room for the record of the next generation."""
+        self._plan_at_s: float | None = None
 
     def begin(self) -> list[Effect]:
         """Start the job: look what the tiers hold, then begin a generation with the best of it."""
@@ -75,6 +82,35 @@ class Planning(Ending):
             return []  # stopped meanwhile
         self._offer, self._offer_world_size = offer, world_size or self.spec.world_size
         return [e.Claim(self._last_generation + 1, None if offer is None else offer.id)]
+
+    def _setup_failed(self, error: CkptdError, now: Now) -> list[Effect]:
+        """Wait for room when there is none for the record of a restart; everything else ends the job.
+
+        Like a flush it costs garbage first, then old checkpoints. When nothing may go, the job waits until somebody
+        makes room: what it would begin with may lie in memory alone.
+        """
+        if self.state is not JobState.PREPARING or self.generation is None or not isinstance(error, FullError):
+            return super()._setup_failed(error, now)
+        tier, self._full_claims = self.keeper.tiers.first, self._full_claims + 1
+        self._plan_at_s = now.s + _CLAIM_RETRY_S
+        fields = {"tier": tier, "generation": self._last_generation + 1, "error": str(error)}
+        room = self.keeper.want_room(self.offers.newest_on(tier), garbage_only=self._full_claims == 1)
+        self.offers.keep(self.keeper.tiers.held)
+        return [Log("claim postponed", fields | {"retry_in_s": _CLAIM_RETRY_S}, level="error"), *room]
+
+    def _room_made(self, event: RoomMade, now: Now) -> list[Effect]:
+        effects = self.keeper.on_room_made(event, now.s, restorable=self.offers.newest_on(event.tier))
+        self.offers.keep(self.keeper.tiers.held)
+        if self._plan_at_s is not None and (event.freed_bytes or not event.left.keys() >= set(event.ids)):
+            self._plan_at_s = now.s
+        return effects
+
+    def _plan_again(self, now: Now) -> list[Effect]:
+        """Try to begin again when the time for it has come."""
+        if self._plan_at_s is None or now.s < self._plan_at_s:
+            return []
+        self._plan_at_s = None
+        return self._plan(now)
 
     def _fetched(self, event: e.Fetched, now: Now) -> list[Effect]:
         if event.copied:

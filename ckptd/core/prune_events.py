@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ckptd.types import CheckpointId
 
@@ -54,6 +55,8 @@ class RoomMade:
     ids: tuple[CheckpointId, ...]
     """The checkpoints that were to go."""
     freed_bytes: int
+    left: Mapping[CheckpointId, tuple[str, ...]] = field(default_factory=dict)
+    """As in `Pruned`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,8 @@ class Pruned:
     tier: str
     ids: tuple[CheckpointId, ...]
     """The checkpoints that were to go."""
-    done: bool = True
-    """Whether nothing went wrong; else some of them may still be there."""
+    left: Mapping[CheckpointId, tuple[str, ...]] = field(default_factory=dict)
+    """Those that are still there: with the names that people have given them meanwhile, or without any if they would
+    not go."""
     unreadable: tuple[CheckpointId, ...] = ()
     """What was to be kept and has a manifest that can't be read, so that nobody knows which files it needs."""

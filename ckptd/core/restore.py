@@ -88,6 +88,8 @@ class Offers:
         self.refused: set[Source] = set()
         self.at_most_step: int | None = None
         self._untried: list[Source] = []
+        self._leaving: set[Source] = set()
+        """What retention lets go, until it is gone."""
         self._fetched: dict[Source, Source] = {}
         """Of copies that were fetched to be offered: where they were read from in truth."""
         self._places = {tier: place for place, tier in enumerate(tiers)}
@@ -129,6 +131,7 @@ class Offers:
         self.at_most_step = None
         if offer is not None:
             self.stored = [source for source in self.stored if source.id <= offer.id]
+            self._leaving = {source for source in self._leaving if source.id <= offer.id}
 
     def add(self, source: Source) -> None:
         """Note a new copy."""
@@ -148,8 +151,17 @@ class Offers:
         self.refused |= {source, self._fetched.get(source, source)}
 
     def keep(self, held: Mapping[str, Collection[CheckpointId]]) -> None:
-        """Forget what retention has let go."""
-        self.stored = [source for source in self.stored if source.id in held.get(source.tier, ())]
+        """Offer no more what retention has let go."""
+        leaving = {source for source in self.stored if source.id not in held.get(source.tier, ())}
+        self._leaving |= leaving
+        self.stored = [source for source in self.stored if source not in leaving]
+
+    def went(self, tier: str, ids: Iterable[CheckpointId], left: Collection[CheckpointId]) -> None:
+        """Note the end of a prune: what is left after all can be offered again."""
+        for source in self._leaving.intersection(Source(checkpoint, tier) for checkpoint in ids):
+            self._leaving.discard(source)
+            if source.id in left:
+                self.add(source)
 
     def newest_on(self, tier: str) -> CheckpointId | None:
         """Return the newest on a tier that a restart could begin with."""

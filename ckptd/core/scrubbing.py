@@ -136,5 +136,5 @@ class Scrubbing(Planning):
     def _is_sound(self, source: Source) -> None:
         """Offer a copy again that we called damaged; what a rank has refused for itself stays refused."""
         if source in self.keeper.tiers.damaged:
-            self.keeper.tiers.damaged.discard(source)
+            self.keeper.tiers.mended(source)
             self.offers.refused.discard(source)

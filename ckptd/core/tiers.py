@@ -7,7 +7,7 @@ what is still to be read for an upload stays where it is read from.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptd.core.events import Effect, Log, Upload, UploadFailed
 from ckptd.core.job_spec import TierSpec
@@ -93,6 +93,12 @@ class Tiers:
             if checkpoint not in self.held[tier]:
                 queue.offer(checkpoint)
 
+    def mended(self, source: Source) -> None:
+        """Note that a damaged copy is whole again; from the first tier the newest can be uploaded now."""
+        self.damaged.discard(source)
+        if source.tier == self.first and source.id == max(self.held[self.first], default=None):
+            self._offer_where_missing(source.id)
+
     def fetched(self, source: Source) -> None:
         """Note that a checkpoint was brought back to the first tier, which has mended a damaged copy there."""
         self.damaged.discard(Source(source.id, self.first))
@@ -117,11 +123,15 @@ class Tiers:
         return effects
 
     def uploaded(self, checkpoint: CheckpointId, tier: str, size_bytes: int, at: float) -> Held:
-        """Note a commit on a further tier at wall-clock `at`; return what is known of it."""
+        """Note a commit on a further tier at wall-clock `at`; return what is known of it.
+
+        Retention reads there the same age and size as on the first tier, as its manifest says them too: neither how
+        late an upload was nor what earlier attempts have sent changes what is kept.
+        """
         self.uploads[tier].done(checkpoint)
         self.counters.committed += 1
         known = self.held[self.first].get(checkpoint, Held(checkpoint))
-        item = Held(checkpoint, at, size_bytes, known.values, known.tags)
+        item = replace(known, committed_at=known.committed_at or at, size_bytes=known.size_bytes or size_bytes)
         self.held[tier][checkpoint] = item
         return item
 
@@ -191,12 +201,14 @@ class Tiers:
             self._going[Source(verdict.id, tier)] = self.held[tier].pop(verdict.id)
         return tuple(verdict.id for verdict in removed), tuple("; ".join(verdict.reasons) for verdict in removed)
 
-    def pruned(self, tier: str, ids: Iterable[CheckpointId], *, done: bool) -> None:
-        """Note the end of a prune. What may still be there is judged anew with the next one."""
+    def pruned(
+        self, tier: str, ids: Iterable[CheckpointId], left: Mapping[CheckpointId, tuple[str, ...]]
+    ) -> None:
+        """Note the end of a prune. What is `left`, by the names it has got, is judged anew with the next one."""
         for checkpoint in ids:
             item = self._going.pop(Source(checkpoint, tier), None)
-            if item is not None and not done:
-                self.held[tier].setdefault(checkpoint, item)
+            if item is not None and checkpoint in left:
+                self.held[tier].setdefault(checkpoint, replace(item, tags=left[checkpoint] or item.tags))
 
     def _kept(self, tier: str) -> tuple[CheckpointId, ...]:
         """Return what stays on a tier, newest first, and what is on its way there: it may refer to files there."""

@@ -7,10 +7,10 @@ decides what to make of it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ckptd.config import JobConfig
 from ckptd.coordination.coordinator import Coordinator, next_generation
@@ -31,7 +31,10 @@ from ckptd.storage.pacing import Pacer
 from ckptd.tiers import JobTier
 from ckptd.types import CheckpointId
 
+Result = TypeVar("Result")
 _CLAIM_TRIES = 100
+_PRUNE_PATIENCE_S = 10.0
+"""How long the end of a job waits for prunes: those of the last commits mostly run with it."""
 _HEADER_ENTRY_BYTES = 256
 """Of an image's header, for a tensor; the room that slots have to grow covers what it is more."""
 
@@ -73,6 +76,7 @@ class Checkpoints:
         self.store = _store(tiers[0], config, pool, pace)
         others = {item.name: _store(item, config, pool) for item in tiers[1:]}
         self._stores = {self._first: self.store, **others}
+        self._turns = {name: asyncio.Lock() for name in self._stores}
         bounds = {item.name: item.config.upload_max_bytes_per_s for item in tiers[1:]}
         self.scrubber = Scrubber(config.name, tiers, report)
         self._further = FurtherTiers(config.name, self.store, others, bounds, report)
@@ -151,11 +155,11 @@ class Checkpoints:
 
     async def prune(self, order: Prune) -> tuple[Removed, e.Input]:
         """Remove checkpoints; return what was done and what could not be."""
-        removed = await asyncio.to_thread(self._prune, order)
+        removed, left = await self._in_turn(order.tier, self._prune, order)
         unreadable: Sequence[CheckpointId] = ()
         if any(isinstance(error, DamagedError) for error in removed.errors):
             unreadable = await asyncio.to_thread(self._unreadable, order)
-        return removed, Pruned(order.tier, order.ids, not removed.errors, tuple(unreadable))
+        return removed, Pruned(order.tier, order.ids, left, tuple(unreadable))
 
     def _unreadable(self, order: Prune) -> list[CheckpointId]:
         """Return what is to stay and keeps everything else from going, since nobody knows what it needs."""
@@ -172,28 +176,37 @@ class Checkpoints:
     async def collect(self, order: Collect) -> Removed:
         """Remove what nobody needs."""
         pruning = self._stores[order.tier].pruning
-        return await asyncio.to_thread(pruning.collect, order.kept, order.needed_from)
+        return await self._in_turn(order.tier, pruning.collect, order.kept, order.needed_from)
 
     async def make_room(self, order: MakeRoom) -> tuple[Removed, e.Input]:
         """Empty a tier that is full as far as that goes."""
-        removed = await asyncio.to_thread(self._prune, order)
-        return removed, RoomMade(order.tier, order.ids, removed.freed_bytes)
+        removed, left = await self._in_turn(order.tier, self._prune, order)
+        return removed, RoomMade(order.tier, order.ids, removed.freed_bytes, left)
 
-    def _prune(self, order: Prune | MakeRoom) -> Removed:
-        """Prune but for what got a name since the tier was read."""
+    async def _in_turn(self, tier: str, act: Callable[..., Result], *arguments: object) -> Result:
+        """Prune a tier when nobody else does: who waited in a thread would keep flushes from having one."""
+        async with self._turns[tier]:
+            return await asyncio.to_thread(act, *arguments)
+
+    def _prune(self, order: Prune | MakeRoom) -> tuple[Removed, Mapping[CheckpointId, tuple[str, ...]]]:
+        """Prune but for what got a name since the tier was read; return also what is left, with its names."""
         item = next(item for item in self._tiers if item.name == order.tier)
         try:
-            named = catalog.tags(item.tier, self._job).values() if item.config.keep_tagged else ()
+            tags = catalog.tags(item.tier, self._job) if item.config.keep_tagged else {}
         except CkptdError as error:
-            return Removed(errors=[error])
-        tagged = frozenset(tag.id for tag in named)
+            return Removed(errors=[error]), dict.fromkeys(order.ids, ())
+        names = {item: tuple(name for name, tag in tags.items() if tag.id == item) for item in order.ids}
+        named = [checkpoint for checkpoint in order.ids if names[checkpoint]]
         pruning = self._stores[order.tier].pruning
         prune = pruning.prune if isinstance(order, Prune) else pruning.make_room
-        return prune([checkpoint for checkpoint in order.ids if checkpoint not in tagged], [*order.kept, *tagged])
+        removed = prune([checkpoint for checkpoint in order.ids if not names[checkpoint]], [*order.kept, *named])
+        return removed, {item: names[item] for item in order.ids if item not in removed.checkpoints}
 
     async def close(self) -> None:
         """Let go of the tiers."""
         await self.scrubber.close()
+        closing = (asyncio.to_thread(store.pruning.close, _PRUNE_PATIENCE_S) for store in self._stores.values())
+        await asyncio.gather(*closing)
         for item in self._tiers:
             await asyncio.to_thread(item.tier.close)
 

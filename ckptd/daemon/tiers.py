@@ -133,9 +133,11 @@ def read(tiers: Sequence[JobTier], job: str) -> StoreRead:
     held: dict[str, tuple[Held, ...]] = {}
     unread: dict[str, CkptdError] = {}
     for number, item in enumerate(tiers):
+        asking = tiers if number == 0 else (item,)  # what is uploaded is judged by what the first tier says of it
+        with_values = any(each.config.keep_best or each.config.keep_every_s for each in asking)
         try:
             holdings = catalog.holdings(item.tier, job)
-            facts = catalog.held(item.tier, job, with_values=bool(item.config.keep_best or item.config.keep_every_s))
+            facts = catalog.held(item.tier, job, with_values=with_values)
         except CkptdError as error:
             if number == 0 or not error.retryable:
                 raise

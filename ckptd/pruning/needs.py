@@ -141,6 +141,14 @@ class Needs:
         with self.lock:
             return frozenset((*self._expected, *(() if self._in_flight is None else (self._in_flight,))))
 
+    @contextlib.contextmanager
+    def removing(self, checkpoint: CheckpointId) -> Iterator[None]:
+        """Keep everybody from beginning to bring a checkpoint here; raises `FencedError` when that has begun."""
+        with self.lock:
+            if checkpoint in self.coming:
+                raise FencedError(f"{checkpoint} of job {self._job} is on its way to {self._tier.url} again")
+            yield
+
     def files_without(self, gone: Collection[CheckpointId]) -> tuple[frozenset[str], frozenset[str]]:
         """Return the files that are needed without some checkpoints, and those that these need, as far as is known."""
         with self.lock:

@@ -12,10 +12,11 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckptd.core.policy.garbage import (
     LEAST_GRACE_S,
+    SKEW_S,
     Caution,
     FileVerdict,
     MarkerVerdict,
@@ -74,6 +75,8 @@ class Removed:
     records: int = 0
     swept: tuple[str, ...] = ()
     """What killed puts had left, in words."""
+    checkpoints: set[CheckpointId] = field(default_factory=set)
+    """Of those that were to go the ones that are no checkpoints any more."""
     errors: list[CkptdError] = field(default_factory=list)
     """What could not be done; a checkpoint that can't be removed does not keep the others."""
 
@@ -103,6 +106,7 @@ class Pruning:
         self._grace_s = grace_s
         self._garbage_after_s = garbage_after_s
         self._one_at_a_time = threading.Lock()
+        self._stopping = threading.Event()
         self._began = time.monotonic(), time.time()
 
     def prune(self, ids: Collection[CheckpointId], kept: Collection[CheckpointId]) -> Removed:
@@ -122,6 +126,17 @@ class Pruning:
     def make_room(self, ids: Collection[CheckpointId], kept: Collection[CheckpointId]) -> Removed:
         """Remove checkpoints, all garbage, and what waits for its grace to end: nothing of it can be undone."""
         return self._run(ids, kept, Task(at_once=True, garbage=True, sweep=True))
+
+    def close(self, patience_s: float) -> None:
+        """Return when nothing is pruned any more. What takes longer ends before its next file, which is garbage then.
+
+        Whoever lets go of the job comes here first: the next one who holds it must not be pruned by us.
+        """
+        in_time = self._one_at_a_time.acquire(timeout=patience_s)
+        self._stopping.set()
+        if not in_time:
+            self._one_at_a_time.acquire()
+        self._one_at_a_time.release()
 
     def _run(self, ids: Collection[CheckpointId], kept: Collection[CheckpointId], task: Task) -> Removed:
         with self._one_at_a_time:
@@ -144,6 +159,9 @@ class Pruning:
         self._needs.forget(known_before - listed.committed - waiting)
         going = frozenset(ids) - waiting
         undoable = bool(self._grace_s) and not task.at_once
+        markers = [  # stale ones become part of this removal, or go with it
+            replace(found, ends=not undoable) if found.marker.checkpoint in going else found for found in markers
+        ]
         remaining = (listed.committed | frozenset(kept)) - going
         catalog.in_parallel(self._needs.learn, sorted(remaining))
         catalog.in_parallel(self._learn_marked, [found.marker for found in markers if not found.ends])
@@ -187,19 +205,29 @@ class Pruning:
     def _sweep_age_s(self) -> float:
         """Return how old what a killed put has left must be: where nobody else writes, older than this process."""
         if not self._exclusive:
-            return self._garbage_after_s
+            return self._garbage_after_s + SKEW_S
         began_s, began_at = self._began
         return max(time.monotonic() - began_s, time.time() - began_at) + 1.0
 
     # --- and what becomes of it -------------------------------------------------------------------------------
 
     def carry_out(self, plan: Plan) -> Removed:
-        """Do what was planned: manifests, then markers whose time is over, then files."""
+        """Do what was planned: manifests, then markers whose time is over, then files. What goes wrong is returned."""
         done = Removed()
+        for act in (self._remove, self._sweep, self._remove_records):
+            try:
+                act(plan, done)
+            except CkptdError as error:
+                done.errors.append(error)
+        return done
+
+    def _remove(self, plan: Plan, done: Removed) -> None:
         gone = self._uncommit(plan, done) | self._finish(plan.markers, done)
         self._needs.forget(gone)
         failed = (plan.going - gone) | {found.marker.checkpoint for found in plan.markers if found.final} - gone
         for verdict in plan.files:
+            if self._stopping.is_set():
+                break
             if verdict.remove and (verdict.file.checkpoint not in failed or plan.undoable):
                 try:
                     if self._needs.delete_unless_needed(verdict.file.name, verdict.file.checkpoint):
@@ -207,12 +235,15 @@ class Pruning:
                         done.freed_bytes += verdict.file.size_bytes
                 except CkptdError as error:
                     done.errors.append(error)
-        if plan.sweep_age_s is not None:
+
+    def _sweep(self, plan: Plan, done: Removed) -> None:
+        if plan.sweep_age_s is not None and not self._stopping.is_set():
             done.swept = tuple(self._tier.sweep(f"{self._job}/", plan.sweep_age_s))
+
+    def _remove_records(self, plan: Plan, done: Removed) -> None:
         for generation in plan.records:
             self._tier.delete(keys.generation_key(self._job, generation))
             done.records += 1
-        return done
 
     def _uncommit(self, plan: Plan, done: Removed) -> set[CheckpointId]:
         """Remove manifests; return which checkpoints are gone for good, the others go on needing their files."""
@@ -220,11 +251,13 @@ class Pruning:
         deleted_at = time.time() if plan.undoable else None
         for checkpoint in sorted(plan.going):
             try:
-                marked = removing.uncommit(self._tier, self._job, checkpoint, deleted_at)
+                with self._needs.removing(checkpoint):
+                    marked = removing.uncommit(self._tier, self._job, checkpoint, deleted_at)
             except CkptdError as error:
                 done.errors.append(error)
                 self._needs.learn(checkpoint)
             else:
+                done.checkpoints.add(checkpoint)
                 if not marked:
                     gone.add(checkpoint)
         return gone

@@ -137,6 +137,15 @@ def test_what_stays_damaged_is_tried_again(job):
     assert not job.machine.offers.refused, "somebody has mended it by hand"
 
 
+def test_damage_is_said_once(job):
+    """Proves that a copy which a restart has called damaged is mended without its being said a second time."""
+    damage_found(job)
+    mended(job, "g1/s20", "no good copy")
+    job.machine.suspect(Source(cid("g1/s20"), TIER))
+    assert job.wait(1.5) == ["scrub g1/s20 on local"]
+    assert scrubbed(job, "g1/s20", *BROKEN) == ["mend g1/s20 on local"]
+
+
 def test_damage_takes_no_good_copy_with_it(job):
     """Proves that retention counts sound copies only, and that what is being mended stays until that is done."""
     damage_found(job)
@@ -213,11 +222,21 @@ def test_what_an_upload_found_damaged_is_read(job):
     assert job.wait(1.5) == ["scrub g1/s30 on local"]
 
 
+def test_what_an_upload_found_damaged_goes_there_once_it_is_mended(job):
+    """Proves that the newest checkpoint reaches the bucket after all, without a newer commit or a new start."""
+    commit(job, 30, 0)
+    job.upload_failed("g1/s30", DamagedError("tensor 'w' is not what was committed"))
+    assert job.wait(1.5) == ["scrub g1/s30 on local"]
+    scrubbed(job, "g1/s30", *BROKEN)
+    mended(job, "g1/s30")
+    assert job.wait(5.0) == ["upload g1/s30 to bucket"]
+
+
 def test_a_prune_that_found_a_manifest_damaged_is_made_up_for(job):
     """Proves that what was not removed goes with the next prune, and that what kept it from going is mended first."""
     assert any(line.startswith("prune g1/s10,") for line in commit(job, 30, 0))
     job.uploaded("g1/s30")
-    assert job.feed(Pruned(TIER, (cid("g1/s10"),), done=False, unreadable=(cid("g1/s20"),))) == []
+    assert job.feed(Pruned(TIER, (cid("g1/s10"),), {cid("g1/s10"): ()}, unreadable=(cid("g1/s20"),))) == []
     assert job.wait(1.5) == ["scrub g1/s20 on local"]
     assert scrubbed(job, "g1/s20", "the manifest is not JSON") == ["log checkpoint damaged", "mend g1/s20 on local"]
     mended(job, "g1/s20")

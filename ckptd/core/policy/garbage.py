@@ -107,7 +107,7 @@ def judge_markers(
         newest[marker.checkpoint] = max(marker.deleted_at, newest.get(marker.checkpoint, marker.deleted_at))
     verdicts: list[MarkerVerdict] = []
     for marker in found:
-        age_s = caution.now - newest[marker.checkpoint]
+        age_s = max(0.0, caution.now - newest[marker.checkpoint])  # whose clock was ahead has removed it just now
         if marker.checkpoint in committed:
             stale = caution.exclusive or caution.is_old(newest[marker.checkpoint])  # or a removal is under way
             verdicts.append(MarkerVerdict(marker, stale, False, "its checkpoint is committed"))

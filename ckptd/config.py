@@ -159,9 +159,9 @@ def load_job_file(path: Path) -> JobConfig:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"can't read {path}: {error.strerror}") from error
+        raise ConfigError(f"can't read {path}: {error.strerror}", hint="name a job file, like job.toml") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+        raise ConfigError(f"{path} is not TOML: {error}", hint=_EXAMPLE) from error
     data.setdefault("name", path.stem)
     if "every" in data:
         data["every_s"] = parse_duration(str(data.pop("every")), "every")

@@ -24,6 +24,7 @@ EVENTS = frozenset({
     "checkpoint skipped",
     "claim postponed",
     "copy unusable",
+    "disk passed over",
     "fetch failed",
     "fetching",
     "file damaged",

@@ -13,18 +13,19 @@ from ckptd.config import AgentConfig, JobConfig
 from ckptd.core import lineage
 from ckptd.errors import AgentError, ConfigError, NotFoundError
 from ckptd.journal import JobEntry, Journal
-from ckptd.places import absolute_store
 from ckptd.plugin.manager import PluginManager
 from ckptd.protocol.channel import Channel, expect, open_channel
 from ckptd.protocol.messages import Done, Message
 from ckptd.storage import catalog
 from ckptd.storage.tier import Tier
-from ckptd.store_config import StoreConfig, split_place
+from ckptd.store_config import StoreConfig, absolute_stores, split_place
 from ckptd.tiers import JobTier, open_stores
 from ckptd.types import CheckpointId
 
 _CALL_DEADLINE_S = 10.0
 LONG_CALL_DEADLINE_S = 3600.0
+_MOST_DIGITS = 18
+_SHOWN_CHARACTERS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def find_job(name: str, store: str | None, tier: str | None = None) -> list[JobP
     if store is None:
         chosen = JobConfig.from_json(known_job(name).config).stores
     else:
-        chosen = (StoreConfig(absolute_store(store, Path.cwd())),)
+        chosen = absolute_stores((StoreConfig(store),), Path.cwd())
     manager = open_plugins()
     if store is None:
         opened = open_stores(chosen, manager, AgentConfig.from_environ(os.environ).home)
@@ -130,10 +131,15 @@ def _where(places: Sequence[JobPlace]) -> str:
 
 def step_number(text: str | None) -> int | None:
     """Read a step from the command line."""
+    return whole_number(text, "step", "a step is a whole number, as `ckptctl ls` shows them")
+
+
+def whole_number(text: str | None, what: str, hint: str) -> int | None:
+    """Read the number of a `what` from the command line."""
     if text is None:
         return None
-    if not text.isdigit():
-        raise ConfigError(f"{text!r} is no step", hint="a step is a whole number, as `ckptctl ls` shows them")
+    if not text.isdecimal() or len(text) > _MOST_DIGITS:
+        raise ConfigError(f"{text[:_SHOWN_CHARACTERS]!r} is no {what}", hint=hint)
     return int(text)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ckptd.cli.common import known_job, open_journal, step_number, when
+from ckptd.cli.common import known_job, open_journal, when, whole_number
 from ckptd.cli.render import show_fields, show_json, show_table
 from ckptd.errors import NotFoundError
 from ckptd.units import show_duration
@@ -30,11 +30,12 @@ def run(options: argparse.Namespace) -> int:
     """Show a job's incidents."""
     known_job(options.job)
     incidents = open_journal().read_incidents(options.job)
-    number = step_number(options.number)
+    listed = f"`ckptctl incidents {options.job}` lists them by number"
+    number = whole_number(options.number, "incident", listed)
     if number is not None:
         incidents = [item for item in incidents if item["number"] == number]
         if not incidents:
-            raise NotFoundError(f"job {options.job} has no incident {number}")
+            raise NotFoundError(f"job {options.job} has no incident {number}", hint=listed)
     if options.json:
         show_json(incidents)
     elif number is not None:

@@ -24,7 +24,7 @@ from ckptd.cli import (
     tag,
     verify,
 )
-from ckptd.errors import CkptdError
+from ckptd.errors import CkptdError, ConfigError
 from ckptd.version import __version__
 
 _VERBS = (run, submit, status, ls, show, verify, export, import_, tag, prune, incidents, checkpoint, restart, stop)
@@ -42,11 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
-    options = parser.parse_args(given[: given.index("--")] if "--" in given else given)
+    options, unknown = parser.parse_known_args(given[: given.index("--")] if "--" in given else given)
     options.command_line = given[given.index("--") + 1 :] if "--" in given else []
     if not options.debug:
         sys.excepthook = _no_traceback
     try:
+        if unknown:
+            raise ConfigError(f"unknown arguments: {' '.join(unknown)}", hint=_of_unknown(options))
         code: int = options.verb(options)
         sys.stdout.flush()
     except CkptdError as error:
@@ -59,6 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keeps the exit from failing again
         return 0
     return code
+
+
+def _of_unknown(options: argparse.Namespace) -> str:
+    if options.verb is run.run and not options.command_line:
+        return "put the command behind --, like: ckptctl run --nproc 2 -- train.py"
+    return "put --help behind the verb to see what it takes"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     """Plan, print, then act; or undo."""
     places = find_job(options.job, options.store, options.tier)
     if options.undo is not None:
-        return _undo(places, step_number(options.undo))
+        return _undo(places, step_number(options.undo), dry_run=options.dry_run)
     configs = [_settings(place, options) for place in places]
     alone = [_hold(place, dry_run=options.dry_run) for place in places]
     whole = options.tier is None and options.store is None and "/" not in options.job
@@ -248,7 +248,7 @@ def _show(item: _Planned) -> None:
     print(f"{item.place.name}: {show_size(_planned_bytes(item))} to be freed")
 
 
-def _undo(places: Sequence[JobPlace], step: int | None) -> int:
+def _undo(places: Sequence[JobPlace], step: int | None, *, dry_run: bool) -> int:
     """Bring a checkpoint back on every tier where that can be done."""
     undone: list[str] = []
     problem: CkptdError | None = None
@@ -256,15 +256,17 @@ def _undo(places: Sequence[JobPlace], step: int | None) -> int:
         found = [item for item in catalog.listing(place.tier, place.job).markers if item.checkpoint.step == step]
         if not found:
             continue
-        _hold(place, dry_run=False)
+        _hold(place, dry_run=dry_run)
         newest = max(found, key=lambda item: item.checkpoint)
+        act = removing.find_removed if dry_run else removing.undo
         try:
-            removing.undo(place.tier, place.job, newest.checkpoint)
+            act(place.tier, place.job, newest.checkpoint)
         except CkptdError as error:
             problem = error
             continue
         undone.append(place.name)
-        print(f"step {step} of generation {newest.checkpoint.generation} on {place.name}: committed again,", end=" ")
+        done = "can be committed again" if dry_run else "committed again"
+        print(f"step {step} of generation {newest.checkpoint.generation} on {place.name}: {done},", end=" ")
         print(f"removed {when(newest.deleted_at)}")
     if problem is not None:
         raise problem

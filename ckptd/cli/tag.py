@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptd.cli.common import JobPlace, find_job, pick, step_number, when
 from ckptd.cli.render import show_json, show_table
-from ckptd.errors import NotFoundError
+from ckptd.errors import ConfigError, NotFoundError
 from ckptd.storage import catalog
 
 
@@ -32,6 +32,10 @@ def register(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Name a checkpoint, take a name away, or list the names."""
+    if options.name is None and (options.remove or options.move):
+        raise ConfigError("no tag is named", hint=f"`ckptctl tag {options.job}` lists them")
+    if options.step is not None and options.remove:
+        raise ConfigError("a tag is removed from whatever step it names", hint="leave out STEP")
     places = find_job(options.job, options.store)
     if options.name is None:
         _show(places, json=options.json)

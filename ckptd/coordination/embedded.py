@@ -10,7 +10,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from ckptd.coordination.coordinator import Versioned
@@ -79,15 +79,26 @@ class EmbeddedCoordinator:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StoreError(f"can't use the lease {path}: {error.strerror}") from error
+        lease = FileLease(descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            other = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-            os.close(descriptor)
+            other = _read_holder(descriptor)
+            lease.release()
             raise FencedError(
                 f"{name} is held by {other or 'another agent'}",
                 hint="one agent of this user runs a job: stop that one, or give this job another name",
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder.encode(), 0)
-        return FileLease(descriptor)
+        except OSError as error:
+            lease.release()
+            raise StoreError(f"can't use the lease {path}: {error.strerror}") from error
+        with suppress(OSError):  # a full disk: it is held all the same, and only people read who has it
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder.encode(), 0)
+        return lease
+
+
+def _read_holder(descriptor: int) -> str:
+    with suppress(OSError):
+        return os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+    return ""

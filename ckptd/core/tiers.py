@@ -201,9 +201,7 @@ class Tiers:
             self._going[Source(verdict.id, tier)] = self.held[tier].pop(verdict.id)
         return tuple(verdict.id for verdict in removed), tuple("; ".join(verdict.reasons) for verdict in removed)
 
-    def pruned(
-        self, tier: str, ids: Iterable[CheckpointId], left: Mapping[CheckpointId, tuple[str, ...]]
-    ) -> None:
+    def pruned(self, tier: str, ids: Iterable[CheckpointId], left: Mapping[CheckpointId, tuple[str, ...]]) -> None:
         """Note the end of a prune. What is `left`, by the names it has got, is judged anew with the next one."""
         for checkpoint in ids:
             item = self._going.pop(Source(checkpoint, tier), None)

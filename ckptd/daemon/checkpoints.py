@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,11 +23,12 @@ from ckptd.daemon.job_store import JobStore
 from ckptd.daemon.offers import Offer, SlotOffer, StoredOffer, close_all, read_only
 from ckptd.daemon.resuming import OpenTier, Resuming
 from ckptd.daemon.scrubbing import Scrubber
-from ckptd.daemon.tiers import Report, read
+from ckptd.daemon.tiers import read
 from ckptd.errors import AgentError, CkptdError, DamagedError, FencedError, invariant
 from ckptd.pruning.prune import Removed
 from ckptd.storage import catalog, keys, manifest
 from ckptd.storage.pacing import Pacer
+from ckptd.storage.tier import Report
 from ckptd.tiers import JobTier
 from ckptd.types import CheckpointId
 
@@ -35,6 +36,8 @@ Result = TypeVar("Result")
 _CLAIM_TRIES = 100
 _PRUNE_PATIENCE_S = 10.0
 """How long the end of a job waits for prunes: those of the last commits mostly run with it."""
+_CALLS_AT_ONCE = 3
+"""To one tier: an upload or a fetch, a prune, and a look at what is there."""
 _HEADER_ENTRY_BYTES = 256
 """Of an image's header, for a tensor; the room that slots have to grow covers what it is more."""
 
@@ -82,6 +85,8 @@ class Checkpoints:
         self._further = FurtherTiers(config.name, self.store, others, bounds, report)
         origin = config.resume_from
         self._resuming = None if origin is None else Resuming(config, tiers, origin, open_tier, report)
+        self._patient = ThreadPoolExecutor(_CALLS_AT_ONCE * len(tiers), thread_name_prefix="ckptd-tier")
+        """For what may wait for a network, so that a flush or a restore never waits for a thread."""
         self._started = False
         self._coordinator = coordinator
         self._arena = arena
@@ -93,10 +98,10 @@ class Checkpoints:
 
     async def read(self) -> e.Input:
         """Look what the tiers hold, after they were given what a new job resumes from; raises why that can't be."""
-        found = await asyncio.to_thread(read, self._tiers, self._job)
+        found = await self._patiently(read, self._tiers, self._job)
         if self._resuming is None or not await self._resuming.bring(found):
             return found
-        return await asyncio.to_thread(read, self._tiers, self._job)
+        return await self._patiently(read, self._tiers, self._job)
 
     async def claim(self, order: e.Claim) -> e.Input:
         """Claim a generation; raises `FencedError` when somebody else takes every number.
@@ -108,7 +113,7 @@ class Checkpoints:
             number = await asyncio.to_thread(next_generation, self._coordinator, self._job, number)
             if not await asyncio.to_thread(self.store.claim, number, order.parent):
                 continue
-            if self._started or await asyncio.to_thread(self._further.claim_all, number):
+            if self._started or await self._patiently(self._further.claim_all, number):
                 self._started = True
                 return e.Claimed(number)
         raise FencedError(f"somebody else claims every generation of job {self._job}", hint="stop the other one")
@@ -118,7 +123,7 @@ class Checkpoints:
         copied = source.tier != self._first
         try:
             if copied:
-                await asyncio.to_thread(self._further.fetch, source.id, source.tier)
+                await self._patiently(self._further.fetch, source.id, source.tier)
             self._checked = await asyncio.to_thread(_check, self.store, source)
         except CkptdError as error:
             return e.FetchFailed(source, error)
@@ -148,7 +153,7 @@ class Checkpoints:
     async def upload(self, order: e.Upload) -> e.Input:
         """Copy a checkpoint from the first tier to a further one."""
         try:
-            result = await asyncio.to_thread(self._further.upload, order.id, order.tier)
+            result = await self._patiently(self._further.upload, order.id, order.tier)
         except CkptdError as error:
             return e.UploadFailed(order.id, order.tier, error)
         return e.Committed(order.id, order.tier, result.size_bytes, result.seconds)
@@ -158,7 +163,7 @@ class Checkpoints:
         removed, left = await self._in_turn(order.tier, self._prune, order)
         unreadable: Sequence[CheckpointId] = ()
         if any(isinstance(error, DamagedError) for error in removed.errors):
-            unreadable = await asyncio.to_thread(self._unreadable, order)
+            unreadable = await self._patiently(self._unreadable, order)
         return removed, Pruned(order.tier, order.ids, left, tuple(unreadable))
 
     def _unreadable(self, order: Prune) -> list[CheckpointId]:
@@ -186,7 +191,7 @@ class Checkpoints:
     async def _in_turn(self, tier: str, act: Callable[..., Result], *arguments: object) -> Result:
         """Prune a tier when nobody else does: who waited in a thread would keep flushes from having one."""
         async with self._turns[tier]:
-            return await asyncio.to_thread(act, *arguments)
+            return await self._patiently(act, *arguments)
 
     def _prune(self, order: Prune | MakeRoom) -> tuple[Removed, Mapping[CheckpointId, tuple[str, ...]]]:
         """Prune but for what got a name since the tier was read; return also what is left, with its names."""
@@ -204,11 +209,16 @@ class Checkpoints:
 
     async def close(self) -> None:
         """Let go of the tiers."""
+        self._further.stop()
         await self.scrubber.close()
-        closing = (asyncio.to_thread(store.pruning.close, _PRUNE_PATIENCE_S) for store in self._stores.values())
+        closing = (self._patiently(store.pruning.close, _PRUNE_PATIENCE_S) for store in self._stores.values())
         await asyncio.gather(*closing)
         for item in self._tiers:
-            await asyncio.to_thread(item.tier.close)
+            await self._patiently(item.tier.close)
+        self._patient.shutdown(wait=False)
+
+    async def _patiently(self, act: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._patient, act, *arguments)
 
     def _images(self, order: e.Flush) -> dict[int, memoryview]:
         slots = {rank: self._arena.slots(rank)[slot] for rank, slot in order.slots.items()}

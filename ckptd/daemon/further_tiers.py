@@ -13,10 +13,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ckptd.daemon.job_store import JobStore
-from ckptd.daemon.tiers import Report
 from ckptd.errors import CkptdError, FencedError, NotFoundError
 from ckptd.storage import catalog, copying, fetching
-from ckptd.storage.pacing import Pacer
+from ckptd.storage.pacing import StoppablePace
+from ckptd.storage.tier import Report
 from ckptd.types import CheckpointId
 
 _PROGRESS_EVERY_S = 5.0
@@ -47,9 +47,15 @@ class FurtherTiers:
         self._first = first
         self._others = others
         self._report = report
-        self._paces = {name: Pacer(bound) for name, bound in max_bytes_per_s.items() if bound}
+        self._stopped = threading.Event()
+        self._fetch_pace = StoppablePace(0, self._stopped)
+        self._paces = {name: StoppablePace(max_bytes_per_s.get(name, 0), self._stopped) for name in others}
         self._lock = threading.Lock()
         self._claimed: set[tuple[str, int]] = set()
+
+    def stop(self) -> None:
+        """End what is on its way before its next piece: nobody waits for it any more."""
+        self._stopped.set()
 
     def claim_all(self, generation: int) -> bool:
         """Claim a generation wherever that can be done now; return False when somebody else has it anywhere."""
@@ -77,7 +83,7 @@ class FurtherTiers:
                 target.tier,
                 self._job,
                 checkpoint,
-                pace=self._paces.get(name),
+                pace=self._paces[name],
                 ours=target.needs.newest,
             )
             target.needs.note(checkpoint, files)
@@ -93,7 +99,13 @@ class FurtherTiers:
         files = self._files(checkpoint, name)
         with self._first.needs.expecting(checkpoint, files):
             fetching.fetch(
-                sources, self._first.tier, self._job, checkpoint, progress=progress.moved, report=self._report
+                sources,
+                self._first.tier,
+                self._job,
+                checkpoint,
+                pace=self._fetch_pace,
+                progress=progress.moved,
+                report=self._report,
             )
             self._first.needs.load(checkpoint)
 

@@ -12,10 +12,11 @@ from ckptd.config import JobConfig, Origin
 from ckptd.core import lineage
 from ckptd.core.events import StoreRead
 from ckptd.daemon.further_tiers import Progress
-from ckptd.daemon.tiers import Report, patient
-from ckptd.errors import AgentError, DamagedError, NotFoundError
+from ckptd.daemon.tiers import patient
+from ckptd.errors import DamagedError, NotFoundError
 from ckptd.storage import adopting, catalog
-from ckptd.storage.tier import Tier
+from ckptd.storage.pacing import StoppablePace
+from ckptd.storage.tier import Report, Tier
 from ckptd.tiers import JobTier
 from ckptd.types import CheckpointId
 
@@ -114,13 +115,8 @@ class Resuming:
             self._job,
             checkpoint,
             last_generation=last_generation,
-            pace=self._go_on,
+            pace=StoppablePace(0, self._stopped),
             progress=progress.moved,
         )
         took_s = time.monotonic() - begin_s
         self._report("resumed", {**fields, "size_bytes": adopted.size_bytes, "took_s": took_s})
-
-    def _go_on(self, size_bytes: int) -> None:
-        del size_bytes
-        if self._stopped.is_set():
-            raise AgentError(f"job {self._job} has ended before it could resume from {self._origin.url}")

@@ -12,38 +12,15 @@ from typing import Any
 
 from ckptd.core.restore import Source
 from ckptd.core.scrub_events import Mended, Scrubbed
-from ckptd.daemon.tiers import Report
 from ckptd.errors import CkptdError, DamagedError, StoreError
 from ckptd.storage import catalog, fetching
 from ckptd.storage.checks import checks_of
-from ckptd.storage.pacing import Bucket, be_nice
-from ckptd.storage.tier import Cost
+from ckptd.storage.pacing import StoppablePace, be_nice
+from ckptd.storage.tier import Cost, Report
 from ckptd.tiers import JobTier
 
 _STOP_S = 2.0
 """How long the end of the job waits for a read that is under way; one that hangs is left alone."""
-
-
-class _StoppedError(CkptdError):
-    """Raised out of a scrub whose job has ended."""
-
-
-class _StoppablePace:
-    """A `Pace` that keeps to a bandwidth, without one only to the end of the job."""
-
-    def __init__(self, max_bytes_per_s: int, stop: threading.Event) -> None:
-        self._bucket = Bucket(max_bytes_per_s, time.monotonic()) if max_bytes_per_s else None
-        self._lock = threading.Lock()
-        self._stop = stop
-
-    def __call__(self, size_bytes: int) -> None:
-        """Wait until `size_bytes` may be moved; raises `_StoppedError` instead once the job ends."""
-        wait_s = 0.0
-        if self._bucket is not None:
-            with self._lock:
-                wait_s = self._bucket.take(size_bytes, time.monotonic())
-        if self._stop.wait(wait_s):
-            raise _StoppedError("the job has ended")
 
 
 class Scrubber:
@@ -55,7 +32,7 @@ class Scrubber:
         self._tiers = {item.name: item for item in tiers}
         self._report = report
         self._stop = threading.Event()
-        self._paces = {item.name: _StoppablePace(item.config.scrub_max_bytes_per_s, self._stop) for item in tiers}
+        self._paces = {item.name: StoppablePace(item.config.scrub_max_bytes_per_s, self._stop) for item in tiers}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ckptd-scrub", initializer=be_nice)
         self._work: Future[Any] | None = None
 

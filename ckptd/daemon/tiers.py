@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,13 @@ from ckptd.errors import CkptdError, FencedError, RefusedError
 from ckptd.log import Logger
 from ckptd.plugin.manager import PluginManager
 from ckptd.storage import catalog
-from ckptd.storage.tier import Capabilities, Cost, Tier
+from ckptd.storage.tier import Capabilities, Cost, Report, Reporting, Tier
 from ckptd.storage.wrappers.forwarding import ForwardingTier
 from ckptd.storage.wrappers.retry import RetryingTier, RetryPolicy
 from ckptd.storage.wrappers.verify import VerifyingTier
 from ckptd.tiers import JobTier, open_stores, retention_of
 from ckptd.types import CheckpointId, Held
 
-Report = Callable[[str, Mapping[str, Any]], None]
-"""Told what happens on a tier: an event and its fields, from any thread."""
 _PATIENCE = RetryPolicy(deadline_s=15.0)
 """What takes longer is for those who decide: an upload is tried again as a whole, a restore takes another copy."""
 HOLD_PATIENCE_S = 10.0
@@ -36,6 +34,7 @@ _LEVELS = {
     "checkpoint damaged": "error",
     "claim postponed": "warning",
     "copy unusable": "error",
+    "disk passed over": "warning",
     "fetching": "info",
     "file damaged": "warning",
     "file fetched": "info",
@@ -86,6 +85,9 @@ def open_tiers(
     on one after `patience_s`. Nothing is held then.
     """
     opened = open_stores(config.stores, plugins, home)
+    for item in opened:
+        if isinstance(item.tier, Reporting):
+            item.tier.report_to(report)
     tiers = tuple(dataclasses.replace(item, tier=patient(item.name, item.tier, report)) for item in opened)
     try:
         for item in tiers:

@@ -67,7 +67,7 @@ class Formats:
         Raises `NotFoundError` when nothing is there.
         """
         if not place.exists():
-            raise NotFoundError(f"there is no {place}")
+            raise NotFoundError(f"there is no {place}", hint="FROM is a file or a folder of this machine")
         names = [path.name for path in place.iterdir()] if place.is_dir() else [place.name]
         fitting = [
             spec.name
@@ -79,7 +79,7 @@ class Formats:
         if fitting:
             raise ConfigError(f"{place} may be {' or '.join(fitting)}", hint="say which it is: --format NAME")
         raise ConfigError(
-            f"nothing at {place} says what format it is", hint=f"say it: --format, {self._known('importer')}"
+            f"nothing at {place} says what format it is", hint=f"say it: --format NAME; {self._known('importer')}"
         )
 
     def _find(self, name: str, use: str) -> FormatSpec:

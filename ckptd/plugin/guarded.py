@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
-from ckptd.storage.tier import Capabilities, Data, Entry, Pace, Tier
+from ckptd.storage.tier import Capabilities, Data, Entry, Pace, Report, Reporting, Tier
 
 Result = TypeVar("Result")
 
@@ -71,3 +71,8 @@ class GuardedTier:
     def check_writable(self) -> None:
         """Raise `StoreError` unless an object could be put now."""
         self._call("check", self._tier.check_writable)
+
+    def report_to(self, report: Report) -> None:
+        """Tell `report` what the tier has to tell, if it ever has."""
+        if isinstance(self._tier, Reporting):
+            self._call("report", self._tier.report_to, report)

@@ -8,6 +8,7 @@ flushes, fetches and uploads go on beside it, and say in `Needs` what they need.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import defaultdict
@@ -33,6 +34,8 @@ from ckptd.storage.tier import Cost, Tier
 from ckptd.types import CheckpointId, Marker
 
 GARBAGE_AFTER_S = 86400.0
+_LOOK_EVERY_S = 10.0
+"""Where others may be writing, how old what is known of them may be when a file goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,8 @@ class Pruning:
 
     def _run(self, ids: Collection[CheckpointId], kept: Collection[CheckpointId], task: Task) -> Removed:
         with self._one_at_a_time:
+            if self._stopping.is_set():
+                return Removed()
             try:
                 return self.carry_out(self.plan(ids, kept, task))
             except CkptdError as error:
@@ -151,7 +156,8 @@ class Pruning:
         """Find out what a prune has to do; raises what makes it impossible to know."""
         known_before = self._needs.known
         listed = catalog.listing(self._tier, self._job)
-        self._refuse_newer(listed, [*ids, *kept])
+        self._needs.own(max((item.generation for item in (*ids, *kept)), default=0))
+        self._refuse_newer(listed)
         caution = Caution(self._exclusive, time.time(), self._garbage_after_s)
         grace_s = 0.0 if task.at_once else self._grace_s or LEAST_GRACE_S
         markers = judge_markers(listed.markers, listed.committed, grace_s, caution)
@@ -179,8 +185,7 @@ class Pruning:
         age_s = self._sweep_age_s() if task.sweep else None
         return Plan(going, undoable, tuple(markers), tuple(verdicts), records, age_s)
 
-    def _refuse_newer(self, listed: Listing, ours: Collection[CheckpointId]) -> None:
-        self._needs.own(max((item.generation for item in ours), default=0))
+    def _refuse_newer(self, listed: Listing) -> None:
         newest = max(listed.generations, default=0)
         if newest > self._needs.generation:
             raise self._needs.fenced(newest, "what it needs is not known, so nothing is pruned")
@@ -225,16 +230,26 @@ class Pruning:
         gone = self._uncommit(plan, done) | self._finish(plan.markers, done)
         self._needs.forget(gone)
         failed = (plan.going - gone) | {found.marker.checkpoint for found in plan.markers if found.final} - gone
+        looked_s = -math.inf
         for verdict in plan.files:
             if self._stopping.is_set():
                 break
             if verdict.remove and (verdict.file.checkpoint not in failed or plan.undoable):
+                if not self._exclusive and time.monotonic() - looked_s >= _LOOK_EVERY_S:
+                    self._look_again()
+                    looked_s = time.monotonic()
                 try:
                     if self._needs.delete_unless_needed(verdict.file.name, verdict.file.checkpoint):
                         done.files += 1
                         done.freed_bytes += verdict.file.size_bytes
                 except CkptdError as error:
                     done.errors.append(error)
+
+    def _look_again(self) -> None:
+        """Note what others have committed or brought back meanwhile; raises what makes its needs impossible to know."""
+        listed = catalog.listing(self._tier, self._job)
+        self._refuse_newer(listed)
+        catalog.in_parallel(self._needs.learn, sorted(listed.committed))
 
     def _sweep(self, plan: Plan, done: Removed) -> None:
         if plan.sweep_age_s is not None and not self._stopping.is_set():

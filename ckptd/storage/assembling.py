@@ -32,7 +32,7 @@ class Elements(NamedTuple):
     digest: str | None
     """None for one that was put together of several parts."""
     data: memoryview
-    """Private memory: what is changed there is changed for nobody else. It stays as long as anybody refers to it."""
+    """Memory that nobody else has; it stays as long as anybody refers to it."""
 
 
 Place = tuple[int, Whole]
@@ -72,15 +72,14 @@ def assemble(source: Source, folder: Path) -> Assembled:
     path = folder / f".assembled-{os.urandom(8).hex()}"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        path.unlink()
         os.posix_fallocate(descriptor, 0, size_bytes)
         distinct = dict(places.values())
-        put_together(
-            source.tier, source.job, (m for at, whole in distinct.items() for m in moves(whole, descriptor, at))
-        )
-        memory = memoryview(mmap.mmap(descriptor, size_bytes, access=mmap.ACCESS_COPY))
+        put_together(source.tier, source.job, (m for at, whole in distinct.items() for m in moves(whole, path, at)))
+        # Shared with the file: of private memory the kernel grants no more than the machine has.
+        memory = memoryview(mmap.mmap(descriptor, size_bytes))
     finally:
         os.close(descriptor)
+        path.unlink()
     return Assembled(source.manifest, memory, places)
 
 

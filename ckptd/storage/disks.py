@@ -8,17 +8,16 @@ passed over for the next; what it had is missing then, which is damage, and a fu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ckptd.errors import FencedError, NotFoundError, StoreError
+from ckptd.errors import FencedError, FullError, NotFoundError, StoreError
 from ckptd.storage import disk_set, keys
 from ckptd.storage.local import LocalTier
 from ckptd.storage.spreading import Spread
 from ckptd.storage.stream import Buffers, Stream, stream_of
-from ckptd.storage.tier import Data, Entry, Pace
+from ckptd.storage.tier import Data, Entry, Pace, Report
 
 Result = TypeVar("Result")
 
@@ -34,6 +33,11 @@ class DisksTier:
         self._spread = Spread(len(folders))
         self._marks: tuple[disk_set.Mark, ...] = ()
         """What the disks were marked with before the first put."""
+        self._report: Report | None = None
+
+    def report_to(self, report: Report) -> None:
+        """Tell `report` of a disk that is passed over, once until it takes something again."""
+        self._report = report
 
     @property
     def url(self) -> str:
@@ -65,9 +69,10 @@ class DisksTier:
     def _put_spread(self, key: str, data: Stream, pace: Pace | None) -> None:
         """Put a shard where it is already, or on the disk that suits best; pass over those that fail."""
         watched = None if isinstance(data, Buffers) else _Watched(data)  # buffers don't fail, and lie where they are
-        left = dict(enumerate(map(_free_bytes, self._disks)))
+        left = {at: disk.free_bytes for at, disk in enumerate(self._disks)}
+        full = [at for at, free in left.items() if free < data.size_bytes]
         holders = [at for at in left if self._has(at, key)]
-        errors: list[StoreError] = []
+        errors: dict[int, StoreError] = {}
         while left:
             among = {at: left[at] for at in holders if at in left} or left
             try:
@@ -79,11 +84,25 @@ class DisksTier:
                 if watched is not None and watched.is_broken:
                     raise
                 self._spread.failed(at)
-                errors.append(error)
+                errors[at] = error
             else:
                 self._leave_only(at, key)
+                for other in {*full, *errors} - {at}:
+                    self._tell(other, errors.get(other))
                 return
-        raise _all_failed(errors) from errors[-1]
+        raise _all_failed(list(errors.values())) from errors[at]
+
+    def _tell(self, at: int, error: StoreError | None) -> None:
+        """Say that a disk was passed over; without an error it was not tried, since it has too little room."""
+        if self._report is None or not self._spread.passed_over(at):
+            return
+        if error is None:
+            try:
+                self._require(at)
+                error = FullError(f"{self._disks[at].url} has too little room for a shard")
+            except StoreError as gone:
+                error = gone
+        self._report("disk passed over", {"disk": self._disks[at].url, "error": error.message})
 
     def _require(self, at: int) -> None:
         """Raise `StoreError` when a disk is not there any more."""
@@ -207,14 +226,6 @@ class _Watched:
         except BaseException:
             self.is_broken = True
             raise
-
-
-def _free_bytes(disk: LocalTier) -> int:
-    try:
-        found = os.statvfs(disk.root)
-    except OSError:
-        return 0
-    return found.f_bavail * found.f_frsize
 
 
 def _all_failed(errors: Sequence[StoreError]) -> StoreError:

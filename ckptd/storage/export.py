@@ -6,6 +6,7 @@ durable, or not at all, with `checkpoint.json` in it: which checkpoint it is, an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from ckptd.errors import ConfigError, StoreError
 from ckptd.storage.catalog import load_manifest
-from ckptd.storage.folders import sync_folder
+from ckptd.storage.folders import make_folders, sync_folder
 from ckptd.storage.hints import hint_for
 from ckptd.storage.manifest import Manifest
 from ckptd.storage.tier import Tier
@@ -83,9 +84,10 @@ def export(
     source = Source(tier, job, load_manifest(tier, job, checkpoint), max_file_bytes)
     try:
         _check_target(to)
+        new_folders = [folder for folder in to.parents if not folder.exists()]
         temporary = to.with_name(f".tmp-{os.urandom(8).hex()}-{to.name}")
-        temporary.mkdir(parents=True)
         try:
+            make_folders(temporary)
             written = exporter(source, temporary)
             files = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
             described = _describe(source.manifest, files)
@@ -94,17 +96,25 @@ def export(
             size_bytes = _sync(temporary, files)
             temporary.rename(to)
             sync_folder(to.parent)
-        finally:
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
+            for folder in new_folders:
+                with contextlib.suppress(OSError):  # somebody else uses it by now
+                    folder.rmdir()
+            raise
     except OSError as error:
-        raise StoreError(
-            f"can't export to {to}: {error.strerror or error}", hint=hint_for(error) or "use another folder for --to"
-        ) from error
+        hint = hint_for(error, "--to") or "use another folder for --to"
+        raise StoreError(f"can't export to {to}: {error.strerror or error}", hint=hint) from error
     return Exported(tuple(files), size_bytes, written.tensors, written.notes)
 
 
 def _check_target(to: Path) -> None:
-    if to.is_dir() and not any(to.iterdir()):
+    if to.is_dir() and not to.is_symlink() and not any(to.iterdir()):
+        if to.is_mount() or to.samefile(Path.cwd()):  # which can't be, or should not be, replaced by another folder
+            raise ConfigError(
+                f"{to} is {'a mount' if to.is_mount() else 'the current folder'}, and the export becomes a new folder",
+                hint=f"name one that does not exist yet, like --to {to / 'export'}",
+            )
         return
     if to.exists() or to.is_symlink():
         raise ConfigError(f"{to} is there already", hint="--to names a folder that is empty, or does not exist yet")

@@ -16,7 +16,6 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,18 +47,22 @@ def export_safetensors(source: Source, folder: Path) -> Written:
         file for group, tensors in sorted(_groups(source.manifest).items()) for file in _plan(group, tensors, limit)
     ]
     needed: list[Move] = []
-    with ExitStack() as stack:
-        for file in files:
-            path = folder / file.path
-            path.parent.mkdir(exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            stack.callback(os.close, descriptor)
-            os.posix_fallocate(descriptor, 0, file.size_bytes)  # a full disk shows now
-            write_at(descriptor, memoryview(file.header), 0)
-            for begin, tensor in file.tensors:
-                needed += moves(tensor, descriptor, begin)
-        put_together(source.tier, source.job, needed)
+    for file in files:
+        _begin(folder / file.path, file)
+        for begin, tensor in file.tensors:
+            needed += moves(tensor, folder / file.path, begin)
+    put_together(source.tier, source.job, needed)
     return Written(sum(len(file.tensors) for file in files), ("what is no tensor is not among it",))
+
+
+def _begin(path: Path, file: _File) -> None:
+    path.parent.mkdir(exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        os.posix_fallocate(descriptor, 0, file.size_bytes)  # a full disk shows now
+        write_at(descriptor, memoryview(file.header), 0)
+    finally:
+        os.close(descriptor)
 
 
 def _groups(loaded: Manifest) -> dict[str, list[Whole]]:

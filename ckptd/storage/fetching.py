@@ -14,7 +14,7 @@ from ckptd.storage.checks import FileChecks, checks_of
 from ckptd.storage.copying import FILES_AT_ONCE, commit
 from ckptd.storage.file_stream import Progress, TierStream, examine, within
 from ckptd.storage.manifest import Manifest
-from ckptd.storage.tier import Pace, Tier
+from ckptd.storage.tier import Pace, Report, Tier
 from ckptd.types import CheckpointId
 
 STALL_S = 60.0
@@ -22,8 +22,6 @@ STALL_S = 60.0
 _PATIENCE = 10
 """So many times longer the last source may take: there is no other to turn to, and slow is better than nothing."""
 _MISSING = "the file is missing"
-Report = Callable[[str, Mapping[str, Any]], None]
-"""Called with an event in words and its fields, from any thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +124,7 @@ class _Errand:
             return examine(self.target, f"{self.job}/{checks.file}", checks, pace=self.pace)
         except NotFoundError:
             return [_MISSING]
-        except CkptdError as error:
+        except (DamagedError, StoreError) as error:
             return [error.message]
 
     def replace(self, checks: FileChecks) -> tuple[Tier, int] | CkptdError:

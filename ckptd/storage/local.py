@@ -66,6 +66,15 @@ class LocalTier:
         """The folder."""
         return str(self.root)
 
+    @property
+    def free_bytes(self) -> int:
+        """The room for puts, with that of the spares; 0 where nobody can say."""
+        try:
+            found = os.statvfs(self.root)
+        except OSError:
+            return 0
+        return found.f_bavail * found.f_frsize + self._spares.size_bytes
+
     def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         """Write a file, whole and durable, under its final name."""
         path, stream = self.root / key, stream_of(data)

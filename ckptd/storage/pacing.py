@@ -7,7 +7,7 @@ import os
 import threading
 import time
 
-from ckptd.errors import invariant
+from ckptd.errors import CkptdError, invariant
 
 NICENESS = 10
 """Where training fills every core, a thread of this niceness gets a tenth of one, so the 0.15 s of processor time that
@@ -53,6 +53,28 @@ class Pacer:
             wait_s = self._bucket.take(size_bytes, time.monotonic())
         if wait_s > 0:
             time.sleep(wait_s)
+
+
+class StoppedError(CkptdError):
+    """Raised out of whatever moves bytes for somebody who has ended."""
+
+
+class StoppablePace:
+    """A `Pace` that keeps to a bandwidth, without one (0) only to the end of whoever asked for the bytes."""
+
+    def __init__(self, max_bytes_per_s: float, stop: threading.Event) -> None:
+        self._bucket = Bucket(max_bytes_per_s, time.monotonic()) if max_bytes_per_s else None
+        self._lock = threading.Lock()
+        self._stop = stop
+
+    def __call__(self, size_bytes: int) -> None:
+        """Wait until `size_bytes` may be moved; raises `StoppedError` instead once `stop` is set."""
+        wait_s = 0.0
+        if self._bucket is not None:
+            with self._lock:
+                wait_s = self._bucket.take(size_bytes, time.monotonic())
+        if self._stop.wait(wait_s):
+            raise StoppedError("the job has ended")
 
 
 def be_nice() -> None:

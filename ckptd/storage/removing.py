@@ -7,7 +7,7 @@ committed checkpoint and a marker that means nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ckptd.errors import FencedError, NotFoundError
 from ckptd.storage import catalog, keys
@@ -43,11 +43,10 @@ def finish(tier: Tier, job: str, checkpoint: CheckpointId, markers: Iterable[Mar
     return not holds(tier, keys.manifest_key(job, checkpoint))
 
 
-def undo(tier: Tier, job: str, checkpoint: CheckpointId) -> None:
-    """Commit a removed checkpoint again.
+def find_removed(tier: Tier, job: str, checkpoint: CheckpointId) -> tuple[bytes, Sequence[Marker]]:
+    """Return the manifest of a removed checkpoint that can be committed again, and its markers, the newest last.
 
-    Raises `NotFoundError` when its removal is final or one of its files is missing, and `FencedError` when it is just
-    being made final.
+    Raises `NotFoundError` when its removal is final or one of its files is missing.
     """
     markers = [marker for marker in catalog.listing(tier, job).markers if marker.checkpoint == checkpoint]
     if not markers:
@@ -55,13 +54,22 @@ def undo(tier: Tier, job: str, checkpoint: CheckpointId) -> None:
             f"no removal of {checkpoint} of job {job} can be undone on {tier.url}",
             hint=f"`ckptctl ls {job} --deleted` lists those that can",
         )
-    newest = max(markers, key=lambda marker: marker.deleted_at)
-    key = keys.marker_key(job, checkpoint, newest.deleted_at)
+    markers.sort(key=lambda marker: marker.deleted_at)
+    key = keys.marker_key(job, checkpoint, markers[-1].deleted_at)
     document = tier.get(key)
     for file in sorted(catalog.parse_manifest(document, f"{tier.url}/{key}", job, checkpoint).files):
         tier.size_bytes(f"{job}/{file}")
+    return document, markers
+
+
+def undo(tier: Tier, job: str, checkpoint: CheckpointId) -> None:
+    """Commit a removed checkpoint again; raises what `find_removed` does.
+
+    It is a `FencedError` when the removal is just being made final.
+    """
+    document, markers = find_removed(tier, job, checkpoint)
     commit(tier, job, checkpoint, document)
-    if not holds(tier, key):
+    if not holds(tier, keys.marker_key(job, checkpoint, markers[-1].deleted_at)):
         tier.delete(keys.manifest_key(job, checkpoint))
         raise FencedError(f"the removal of {checkpoint} of job {job} on {tier.url} was just made final")
     for marker in markers:

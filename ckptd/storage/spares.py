@@ -64,6 +64,12 @@ class Spares:
         self._looks: tuple[int, int, int] | None = None
         """Owner, group, kind and mode of the files that this process puts."""
 
+    @property
+    def size_bytes(self) -> int:
+        """What a put may write over, or have deleted when it needs the room."""
+        with self._lock:
+            return sum(self._sizes.values())
+
     def note(self, path: Path) -> None:
         """Note that a large file was put: the files put to one folder, a checkpoint's, bound what is kept."""
         with contextlib.suppress(OSError), self._lock:  # pruned already

@@ -55,6 +55,7 @@ class Spread:
         self._busy: set[str] = set()
         self._in_flight = [0] * count
         self._failed_at_s: list[float | None] = [None] * count
+        self._passed_over: set[int] = set()
         self._folders: dict[str, list[int]] = {}
         """Of the last checkpoints, how many bytes each disk has taken."""
         self._places: dict[str, int] = {}
@@ -92,6 +93,7 @@ class Spread:
                 self._in_flight[at] -= size_bytes
                 if is_put:
                     self._note(key, at)
+                    self._passed_over.discard(at)
                 else:
                     mine[at] -= size_bytes
 
@@ -108,6 +110,13 @@ class Spread:
         """Note that a disk has failed a put."""
         with self._changed:
             self._failed_at_s[at] = time.monotonic()
+
+    def passed_over(self, at: int) -> bool:
+        """Note that another disk took what this one could not; return whether it has taken something since the last."""
+        with self._changed:
+            is_news = at not in self._passed_over
+            self._passed_over.add(at)
+            return is_news
 
     def found(self, key: str, at: int) -> None:
         """Note where a key was found."""

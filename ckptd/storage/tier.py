@@ -8,10 +8,10 @@ its `Capabilities`, never imitated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ckptd.storage.stream import Stream
 
@@ -21,6 +21,9 @@ Data = Buffer | Sequence[Buffer] | Stream
 
 Pace = Callable[[int], None]
 """Called with a number of bytes before they are moved; blocks for as long as they have to wait."""
+
+Report = Callable[[str, Mapping[str, Any]], None]
+"""Called with an event in words and its fields, from any thread."""
 
 
 class Cost(IntEnum):
@@ -154,4 +157,13 @@ class Tier(Protocol):
 
     def close(self) -> None:
         """Let go of connections, threads and jobs; nothing else is called afterwards."""
+        ...
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A tier that has something to tell which no call fails for, as that a disk of several was passed over."""
+
+    def report_to(self, report: Report) -> None:
+        """Tell `report` from now on."""
         ...

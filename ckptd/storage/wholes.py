@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 from ckptd.storage.boxes import Shape, runs
@@ -35,10 +36,10 @@ class Whole(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A chunk, and where it goes: into the tensor `whole`, which begins at byte `begin` of an open file."""
+    """A chunk, and where it goes: into the tensor `whole`, which begins at byte `begin` of a file that is there."""
 
     chunk: Chunk
-    descriptor: int
+    path: Path
     begin: int
     whole: Whole
 
@@ -62,14 +63,17 @@ def wholes(loaded: Manifest) -> Iterator[Whole]:
                 yield Whole(tensor.name, chunk.dtype, chunk.shape, (chunk,), chunk.shard)
 
 
-def moves(whole: Whole, descriptor: int, begin: int) -> Iterator[Move]:
-    """Yield what has to be moved for a tensor to begin at byte `begin` of an open file."""
+def moves(whole: Whole, path: Path, begin: int) -> Iterator[Move]:
+    """Yield what has to be moved for a tensor to begin at byte `begin` of a file."""
     for chunk in whole.chunks:
-        yield Move(chunk, descriptor, begin, whole)
+        yield Move(chunk, path, begin, whole)
 
 
 def put_together(tier: Tier, job: str, needed: Iterable[Move]) -> None:
-    """Make all moves; raises `DamagedError` or `NotFoundError` when bytes are not what was committed."""
+    """Make all moves; raises `DamagedError` or `NotFoundError` when bytes are not what was committed.
+
+    One file is open at a time: there may be several for each rank, and more than a process may have open.
+    """
     by_file: dict[str, list[Move]] = {}
     for move in needed:
         by_file.setdefault(move.chunk.file, []).append(move)
@@ -80,6 +84,14 @@ def put_together(tier: Tier, job: str, needed: Iterable[Move]) -> None:
 
 
 def _make(reader: RangeReader, move: Move) -> None:
+    descriptor = os.open(move.path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        _copy(reader, move, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _copy(reader: RangeReader, move: Move, descriptor: int) -> None:
     """Copy a chunk's bytes to where its elements lie in the whole tensor."""
     chunk, item_bytes = move.chunk, ITEM_BYTES[move.whole.dtype]
     places = runs(move.whole.shape, chunk.offset, chunk.shape)
@@ -91,7 +103,7 @@ def _make(reader: RangeReader, move: Move) -> None:
                 first, count = next(places)
                 at, left = move.begin + first * item_bytes, count * item_bytes
             part = leaf[done : done + left]
-            write_at(move.descriptor, part, at)
+            write_at(descriptor, part, at)
             at, left, done = at + len(part), left - len(part), done + len(part)
 
 

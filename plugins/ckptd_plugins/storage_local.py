@@ -20,13 +20,23 @@ def open_local(url: str, options: Mapping[str, Any]) -> Tier:
     """Open the folder that a path or ``file://`` URL names, or the folders of several disks."""
     for name in options:
         raise ConfigError(f"a local store has no option {name!r}", hint="it has none of its own")
-    paths = (unquote(urlsplit(url).path),) if url.startswith("file://") else disks_of(url)
+    paths = (_path_of(url),) if url.startswith("file://") else disks_of(url)
     folders = [Path(path).expanduser().absolute() for path in paths]
     if len(folders) > 1:
         return DisksTier(folders)
     alone = LocalTier(folders[0])
     refuse_alone(alone)
     return alone
+
+
+def _path_of(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path:
+        raise ConfigError(
+            f"{url} names the host {parts.netloc!r} and no folder of this node",
+            hint="write three slashes, file:///data/runs, or just the path",
+        )
+    return unquote(parts.path)
 
 
 @hookimpl

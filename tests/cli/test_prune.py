@@ -101,6 +101,9 @@ def test_undo(tier: LocalTier, ctl: Verb) -> None:
     assert committed(tier) == tuple(steps(3, 4, 5))
     assert [item["step"] for item in json.loads(ctl("ls", "--deleted", "--json")[1])] == [2, 1]
     assert "waits" in ctl("prune", "--keep-last", "3", "--dry-run")[1]
+    code, out, _ = ctl("prune", "--undo", "2", "--dry-run")
+    assert (code, "can be committed again" in out) == (0, True)
+    assert committed(tier) == tuple(steps(3, 4, 5))
     code, out, _ = ctl("prune", "--undo", "2")
     assert (code, "committed again" in out) == (0, True)
     assert tier.get(keys.manifest_key("job", CheckpointId(1, 2))) == before

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -224,6 +227,35 @@ def test_a_lease_that_can_not_be_written_is_a_store_error(coordinator: EmbeddedC
     (tmp_path / "state/leases/gpt.lock").mkdir()
     with pytest.raises(StoreError, match="can't use the lease"):
         coordinator.lease("gpt", "agent 1")
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "pwrite"])
+def test_a_full_disk_keeps_nobody_from_a_lease(
+    coordinator: EmbeddedCoordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Who holds a lease is written down for people alone: where there is no room for that, it is held all the same."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    lease = coordinator.lease("gpt", "agent 1")
+    with pytest.raises(FencedError):
+        EmbeddedCoordinator(tmp_path / "state").lease("gpt", "agent 2")
+    lease.release()
+
+
+def test_a_lock_that_fails_is_a_store_error(coordinator: EmbeddedCoordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the lock itself is said in one line, and leaves no descriptor."""
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(StoreError, match="Input/output error"):
+        coordinator.lease("gpt", "agent 1")
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_no_descriptor_is_left(coordinator: EmbeddedCoordinator) -> None:

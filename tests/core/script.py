@@ -16,7 +16,7 @@ from ckptd.core.job import JobMachine, JobSpec, Now
 from ckptd.core.job_spec import TierSpec
 from ckptd.core.policy.restart import RestartPolicy
 from ckptd.core.policy.retention import RetentionPolicy
-from ckptd.core.prune_events import Collect, MakeRoom, Prune, RoomMade
+from ckptd.core.prune_events import Collect, MakeRoom, Prune, Pruned, RoomMade
 from ckptd.core.restore import Source
 from ckptd.core.scrub_events import Mend, Scrub
 from ckptd.errors import CkptdError, DamagedError, StoreError
@@ -226,9 +226,15 @@ class Script:
         """Let a flush fail, for a reason that may pass unless another is given."""
         return self.feed(e.FlushFailed(cid(checkpoint), error or StoreError("input/output error")))
 
-    def room_made(self, freed_bytes: int, *ids: str) -> list[str]:
-        """Answer that so much has gone from the disk, and which checkpoints with it."""
-        return self.feed(RoomMade(TIER, tuple(map(cid, ids)), freed_bytes))
+    def room_made(self, freed_bytes: int, *ids: str, left: Mapping[str, tuple[str, ...]] | None = None) -> list[str]:
+        """Answer that so much has gone from the disk, and which checkpoints with it, but for those that are left."""
+        names = {cid(item): names for item, names in (left or {}).items()}
+        return self.feed(RoomMade(TIER, tuple(map(cid, ids)), freed_bytes, names))
+
+    def pruned(self, *ids: str, left: Mapping[str, tuple[str, ...]] | None = None) -> list[str]:
+        """Answer that checkpoints have gone from the disk, but for those that are left."""
+        names = {cid(item): names for item, names in (left or {}).items()}
+        return self.feed(Pruned(TIER, tuple(map(cid, ids)), names))
 
     def capture(self, step: int, slot: int) -> list[str]:
         """Let an interval pass, a capture be announced for `step` at the next boundary, and every rank seal it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ckptd.core.events import RestartWanted, SetupFailed
 from ckptd.core.prune_events import Collect, MakeRoom
 from ckptd.errors import FullError
 from tests.core.bucket import commit, logged, train, with_bucket
@@ -54,6 +55,70 @@ def test_the_newest_stays_and_the_snapshot_is_skipped_and_said(full):
     full.flush_failed("g1/s40", FULL)
     assert full.room_made(0) == []
     assert full.all_die()[-1] == "claim 2 after g1/s40"
+
+
+def test_what_would_not_go_is_still_there(full):
+    """Proves that a checkpoint which can't be removed is offered and judged as before, and is not tried in a loop."""
+    assert full.room_made(100) == ["make room: g1/s10 keep g1/s30 g1/s20"]
+    assert cid("g1/s10") not in [source.id for source in full.machine.offers.stored]
+    assert full.room_made(0, "g1/s10", left={"g1/s10": ()}) == ["log checkpoint skipped"]
+    assert logged(full, "checkpoint skipped")[0]["reason"] == "the tier is full, and what may go does not"
+    assert cid("g1/s10") in full.machine.keeper.tiers.held[TIER]
+    assert cid("g1/s10") in [source.id for source in full.machine.offers.stored]
+    assert full.wait(0.9) == []
+    assert full.wait(0.2) == ["flush g1/s40"]
+
+
+def test_what_got_a_name_is_no_room(full):
+    """Proves that a checkpoint which was tagged while the job ran stays one, and that the next oldest goes instead."""
+    full.room_made(100)
+    assert full.room_made(0, "g1/s10", left={"g1/s10": ("paper",)}) == ["make room: g1/s20 keep g1/s30 g1/s10"]
+    assert full.room_made(8192, "g1/s20") == ["flush g1/s40"]
+    assert full.machine.keeper.tiers.held[TIER][cid("g1/s10")].tags == ("paper",)
+
+
+def test_what_got_a_name_can_be_stepped_back_to():
+    """Proves that a checkpoint which retention would let go, but for its new name, is still offered to a restart."""
+    job = Script(keep=1)
+    train(job)
+    commit(job, 10, 0)
+    assert any(line.startswith("prune g1/s10,") for line in commit(job, 20, 1))
+    assert job.pruned("g1/s10", left={"g1/s10": ("good",)}) == []
+    commit(job, 30, 0)
+    job.pruned("g1/s20")
+    assert job.feed(RestartWanted(10))[-1] == "kill 9"
+    job.all_die()
+    assert job.wait(0.0) == [] and job.fetched("g1/s10") == ["claim 2 after g1/s10"]
+
+
+def test_a_restart_that_finds_no_room_for_its_record():
+    """Proves that garbage goes for it, then a checkpoint, and that the job waits when nothing may go."""
+    job = Script(keep=9)
+    train(job)
+    commit(job, 10, 0)
+    commit(job, 20, 1)
+    job.all_die()
+    assert job.feed(SetupFailed(FULL)) == ["log claim postponed", "make room: keep g1/s20 g1/s10"]
+    assert job.room_made(0) == []
+    assert job.wait(4.9) == []
+    assert job.wait(0.2) == ["claim 2 after g1/s20"]
+    assert job.feed(SetupFailed(FULL)) == ["log claim postponed", "make room: g1/s10 keep g1/s20"]
+    assert job.room_made(8192, "g1/s10") == []
+    assert job.wait(0.0) == ["claim 2 after g1/s20"]
+    job.feed(SetupFailed(FULL))
+    assert job.room_made(0) == []
+    assert (job.wait(1.0), job.state) == ([], "preparing")
+    assert job.wait(4.1) == ["claim 2 after g1/s20"]
+    assert job.claimed(2)[-1] == "spawn generation 2, restart 1"
+    assert job.wait(20.0) == []
+
+
+def test_a_start_that_finds_no_room_for_its_record_is_an_error():
+    """Proves that a job which has nothing to lose yet does not wait for room."""
+    job = Script()
+    job.begin()
+    job.store()
+    assert job.feed(SetupFailed(FULL)) == ["end failed: FullError: no space left on device"]
 
 
 def test_a_newer_snapshot_takes_its_turn(full):

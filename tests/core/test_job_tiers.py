@@ -74,6 +74,16 @@ def test_a_prune_in_the_bucket_knows_what_is_on_its_way_there():
     ]
 
 
+def test_a_late_upload_is_as_old_and_as_large_as_its_checkpoint(training):
+    """Proves that retention reads in the bucket what it reads on the disk, and after a restart in manifests."""
+    commit(training, 10, 0)
+    training.now_s += 3600.0
+    training.feed(e.Committed(cid("g1/s10"), BUCKET, 1, 0.2))
+    held = training.machine.keeper.tiers.held
+    assert held[BUCKET][cid("g1/s10")] == held[TIER][cid("g1/s10")]
+    assert held[BUCKET][cid("g1/s10")].size_bytes == 8192
+
+
 def test_an_older_one_that_would_not_stay_is_not_uploaded():
     """Proves that no bandwidth goes into what the bucket's retention would remove at once."""
     job = train(with_bucket(keep_in_bucket=1))

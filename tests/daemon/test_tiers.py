@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,9 @@ from ckptd.daemon.job_store import JobStore
 from ckptd.daemon.tiers import open_tiers, read
 from ckptd.errors import FencedError, RefusedError, StoreError
 from ckptd.plugin.manager import PluginManager
-from ckptd.storage import catalog
+from ckptd.storage import catalog, keys
 from ckptd.storage.local import LocalTier
+from ckptd.storage.pacing import StoppedError
 from ckptd.storage.tier import Entry
 from ckptd.store_config import StoreConfig
 from ckptd.tiers import JobTier
@@ -89,6 +91,16 @@ def test_copies_on_all_tiers_are_named(open_store: Callable[[str], JobStore]) ->
     assert prune(near, [old], [new]) is None
     found = read([job_tier(near, "local"), job_tier(far, "b0")], "job")
     assert found.sources == (Source(new, "local"), Source(new, "b0"), Source(old, "b0"))
+
+
+def test_values_are_read_where_any_tier_asks_for_them(open_store: Callable[[str], JobStore]) -> None:
+    """What the bucket keeps by a metric is judged by what the disk says of it, also after a restart."""
+    near, far = open_store("a"), open_store("b")
+    assert near.claim(1, None)
+    flush(near, [{"x": pattern(1)}], CheckpointId(1, 10))
+    best = JobTier("b0", far.tier, StoreConfig(far.tier.url, keep_best="loss:min:1"))
+    (item,) = read([job_tier(near, "local"), best], "job").held["local"]
+    assert item.values == {"loss": 0.5}
 
 
 class _Deaf(LocalTier):
@@ -252,6 +264,17 @@ def test_a_tier_without_locks_is_used_all_the_same(
     assert "No locks available" in fields["error"]
 
 
+def test_a_disk_that_is_passed_over_is_told_of(open_job: Callable[..., tuple[JobTier, ...]], tmp_path: Path) -> None:
+    """When one of several disks takes nothing the agent's log names it, once, with the reason."""
+    (item,) = open_job(f"a,{tmp_path}/b")
+    (tmp_path / "b" / "job").write_bytes(b"a file where a folder is needed")
+    for rank in range(4):
+        item.tier.put(keys.shard_key("job", CheckpointId(1, 10), rank), b"x")
+    ((event, fields),) = open_job.told  # type: ignore[attr-defined]
+    assert (event, fields["disk"]) == ("disk passed over", f"{tmp_path}/b")
+    assert "can't write" in fields["error"]
+
+
 def test_an_upload_beside_the_claim_of_the_next_generation(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
     """What an agent uploads of its last generation is committed, though its own next one is being claimed there."""
     done: list[Any] = []
@@ -273,3 +296,33 @@ def test_an_upload_beside_the_claim_of_the_next_generation(tmp_path: Path, pool:
     assert others.claim_all(2)
     assert len(done) == 1
     assert catalog.verify(LocalTier(tmp_path / "b"), "job", CheckpointId(1, 10)) == []
+
+
+@pytest.mark.parametrize("what", ["upload", "fetch", "fetch again"])
+def test_the_end_of_the_job_ends_what_is_on_its_way(tmp_path: Path, pool: ThreadPoolExecutor, what: str) -> None:
+    """An upload or a fetch ends before its next piece once nobody waits for it, also while it looks at what is there.
+
+    Nothing is committed then, and no file is said to be damaged that nobody has read to its end.
+    """
+
+    class Stopping(LocalTier):
+        """A tier that is looked at when the job ends."""
+
+        def size_bytes(self, key: str) -> int:
+            others.stop()
+            return super().size_bytes(key)
+
+    checkpoint = CheckpointId(1, 10)
+    near, far = JobStore(Stopping(tmp_path / "a"), "job", pool), JobStore(LocalTier(tmp_path / "b"), "job", pool)
+    others, told = further(near, far)
+    begun = near if what == "upload" else far
+    assert begun.claim(1, None)
+    flush(begun, [{"x": pattern(1)}], checkpoint)
+    if what == "fetch again":
+        shutil.copytree(tmp_path / "b", tmp_path / "a")
+        (tmp_path / "a" / keys.manifest_key("job", checkpoint)).unlink()
+    target = tmp_path / ("b" if what == "upload" else "a")
+    with pytest.raises(StoppedError):
+        (others.upload if what == "upload" else others.fetch)(checkpoint, "b0")
+    assert not (target / keys.manifest_key("job", checkpoint)).exists()
+    assert [event for event, _ in told if event in ("file damaged", "copy unusable")] == []

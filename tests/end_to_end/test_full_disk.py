@@ -77,3 +77,24 @@ def test_a_full_disk_costs_old_checkpoints_and_no_training(world: World, small_d
     world.finish(run, code=75)
     assert all(item["intact"] for item in world.json("verify", "train", "--all"))
     assert "Traceback" not in world.output(run)
+
+
+def test_a_restart_on_a_full_disk(world: World, small_disk: Path) -> None:
+    """Without room for the record of the next generation a job waits for it, and then loses no sealed step."""
+    run = world.run("train.py", 100_000, "--width=40000", "--pause=0.02", nproc=1, options=("--keep-last", "4"))
+    until(lambda: len(events(world, run, "checkpoint committed")) >= 3, "three commits")
+    filler = small_disk / "filler"
+
+    def skipped() -> bool:
+        fill(filler)
+        return any("full" in str(item["reason"]) for item in events(world, run, "checkpoint skipped"))
+
+    until(skipped, "a skip for want of room")
+    world.kill_rank("train", 0)
+    until(lambda: (fill(filler), events(world, run, "claim postponed"))[1], "a restart that finds no room")
+    filler.unlink()
+    started = until(lambda: events(world, run, "generation started")[1:], "generation 2")
+    assert started[0]["restore_tier"] == "memory"
+    assert world.ctl("stop", "train").returncode == 0
+    world.finish(run, code=75)
+    assert all(item["intact"] for item in world.json("verify", "train", "--all"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.errors import AgentError, PluginError, StoreError
+from ckptd.errors import AgentError, ConfigError, PluginError, StoreError
 from ckptd.plugin import manager as manager_module
 from ckptd.plugin.manager import FAULTS_BEFORE_QUARANTINE, GROUP, PluginManager
 from ckptd.types import Evidence, RankExit
@@ -121,6 +121,14 @@ def test_the_local_tier_is_opened_by_path_and_url(reports: Reports, url: str, ro
     """A plain path and a file URL open the local tier at that folder."""
     tier = PluginManager(reports).open_tier(url)
     assert (tier.name, tier.url) == ("local", root)
+
+
+@pytest.mark.parametrize("url", ["file://runs", "file://data/runs", "file://"])
+def test_a_file_url_of_a_host_is_refused(reports: Reports, url: str) -> None:
+    """With two slashes what is meant as a folder is a host: it must not become another folder in silence."""
+    with pytest.raises(ConfigError, match="no folder of this node") as caught:
+        PluginManager(reports).open_tier(url)
+    assert "three slashes" in str(caught.value.hint)
 
 
 def test_relative_paths_and_home_become_absolute(reports: Reports, monkeypatch: pytest.MonkeyPatch) -> None:

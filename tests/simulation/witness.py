@@ -367,16 +367,14 @@ class Witness:
 
     def agent_begins(self) -> None:
         """Forget what was in the memory of the agent before."""
-        for known in (self.memory, self.refused, self.flush_failures, self.leaving):
-            known.clear()
-        for known in (self._seals, self._void, self._witnesses):
+        lists = (self.memory, self.refused, self.flush_failures, self.leaving, self._seals, self._void, self._witnesses)
+        for known in lists:
             known.clear()
         for part in (self.bucket, self.scrubs, self.incidents):
             part.agent_begins()
         self.whole = False
         self._offered = self._given_up = None
-        self.at_most = None
-        self.newest = None
+        self.at_most = self.newest = None
         self._over = True
         self._flush_open = self.commit_unknown = False
         self._flushed, self._flushing = None, []

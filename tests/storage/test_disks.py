@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,7 @@ from ckptd.storage.tier import Tier
 from ckptd.testing.working import at_once, pattern, raise_first
 from ckptd.types import CheckpointId
 from tests.storage import test_tiers
+from tests.storage.spared import skip_without_spares
 
 MIB = 2**20
 JOB = "job"
@@ -232,12 +234,77 @@ def test_a_full_disk_is_passed_over(small_disks: list[Path]) -> None:
 
 def test_a_disk_that_fills_meanwhile_is_passed_over(small_disks: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """When the room that a disk said it had is not there, the next disk gets the shard, whole."""
-    monkeypatch.setattr("ckptd.storage.disks._free_bytes", lambda _: 2**40)
+    monkeypatch.setattr(LocalTier, "free_bytes", 2**40)
     tier = DisksTier(small_disks)
     for rank in range(6):
         tier.put(shard(rank), pattern(7 * MIB, seed=rank))
     assert all(tier.get(shard(rank)) == pattern(7 * MIB, seed=rank) for rank in range(6))
     assert all(len(holders(tier, shard(rank))) == 1 for rank in range(6))
+
+
+def test_who_is_passed_over_is_told_once(small_disks: list[Path]) -> None:
+    """A full disk and one that refuses are told of once each, and again after they have taken a shard."""
+    told: list[tuple[str, str, str]] = []
+    tier = DisksTier(small_disks)
+    tier.report_to(lambda event, fields: told.append((event, fields["disk"], fields["error"])))
+    tier.check_writable()
+    (small_disks[1] / "job").write_bytes(b"a file where a folder is needed")
+    for rank in range(3):
+        tier.put(shard(rank), pattern(6 * MIB, seed=rank))
+    assert {disk for _, disk, _ in told} == set(map(str, small_disks[:2]))
+    for rank in range(3, 6):
+        tier.put(shard(rank), pattern(6 * MIB, seed=rank))
+    assert [event for event, _, _ in told] == ["disk passed over"] * 2
+    errors = {disk: error for _, disk, error in told}
+    assert errors[str(small_disks[0])] == f"{small_disks[0]} has too little room for a shard"
+    assert "can't write" in errors[str(small_disks[1])]
+    (small_disks[1] / "job").unlink()
+    for rank in range(6):
+        tier.delete(shard(rank))
+    for rank in range(4):
+        tier.put(shard(rank, 2), pattern(6 * MIB, seed=rank))
+    assert [disk for _, disk, _ in told[2:]] == [str(small_disks[0])]
+
+
+def test_a_disk_that_is_gone_is_told_of(tier: DisksTier, folders: list[Path]) -> None:
+    """What is said of a disk that is not there any more is that, and not how much room it has."""
+    told: list[str] = []
+    tier.report_to(lambda _, fields: told.append(fields["error"]))
+    tier.check_writable()
+    folders[1].rename(folders[1].with_name("elsewhere"))
+    for rank in range(4):
+        tier.put(shard(rank), b"x")
+    assert told == [f"{folders[1]} is gone: it has no {MARK} any more"]
+
+
+def test_when_no_disk_takes_it_none_is_passed_over(tier: DisksTier, folders: list[Path]) -> None:
+    """Where every disk refuses, the error says so; nothing went anywhere else."""
+    told: list[str] = []
+    tier.report_to(lambda event, _: told.append(event))
+    tier.check_writable()
+    for folder in folders:
+        (folder / "job").write_bytes(b"a file where a folder is needed")
+    with pytest.raises(StoreError):
+        tier.put(shard(0), b"x")
+    assert told == []
+
+
+def test_the_room_of_spares_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full of spares is not full: the next shard is written over one of them."""
+    skip_without_spares(tmp_path)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    tier = DisksTier(folders)
+    for rank in range(2):
+        tier.put(shard(rank, 1), pattern(4 * MIB, seed=rank))
+    for rank in range(2):
+        tier.put(shard(rank, 2), pattern(4 * MIB, seed=rank))
+        tier.delete(shard(rank, 1))
+    monkeypatch.setattr(
+        os, "statvfs", lambda folder: SimpleNamespace(f_bavail=9 * MIB * (folder == folders[1]), f_frsize=1)
+    )
+    for rank in range(2):
+        tier.put(shard(rank, 3), pattern(4 * MIB, seed=rank))
+    assert sorted(at for rank in range(2) for at in holders(tier, shard(rank, 3))) == [0, 1]
 
 
 def test_a_repair_moves_to_a_disk_with_room(small_disks: list[Path]) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
+import subprocess
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from hypothesis import strategies as st
 
 from ckptd.errors import ConfigError, DamagedError, NotFoundError, StoreError
 from ckptd.storage import catalog, export, image, keys, manifest
+from ckptd.storage.assembling import assemble
 from ckptd.storage.boxes import Box, Shape
 from ckptd.storage.digest import LEAF_BYTES
 from ckptd.storage.export_safetensors import export_safetensors
@@ -197,7 +202,57 @@ def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     assert same(load(tmp_path / "out"), {"a.t": number(1)[0]})
 
 
-@pytest.mark.parametrize("there", ["folder", "file", "broken link"])
+def test_a_state_may_be_larger_than_memory(tmp_path: Path) -> None:
+    """What is put together for other libraries is mapped so that the kernel sets no memory aside for it."""
+    tier = MemoryTier()
+    commit(tier, [{"a.t": number(1)}])
+    source = export.Source(tier, "job", catalog.load_manifest(tier, "job", AT))
+    assembled = assemble(source, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert bytes(assembled.tensor("a.t", 0).data) == number(1)[0].tobytes()
+    _, _, mapping = Path("/proc/self/smaps").read_text().partition(f"{tmp_path}/.assembled-")
+    flags = next(line for line in mapping.splitlines() if line.startswith("VmFlags:")).split()
+    assert "ac" not in flags  # accounted for, as if all of it were written
+
+
+@pytest.mark.parametrize("kind", ["the current folder", "a mount"])
+def test_a_folder_that_can_not_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The current folder and a mount, empty as they are, are refused before anything is read: name one in there."""
+    tier = MemoryTier()
+    commit(tier, [{"a.t": number(1)}])
+    target = tmp_path / "place"
+    target.mkdir()
+    with ExitStack() as stack:
+        if kind == "a mount":
+            command = ["mount", "-t", "tmpfs", "-o", "size=8m", "ckptd-test", str(target)]
+            if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode:
+                pytest.skip("mounting a filesystem needs root, and a machine that lets it")
+            stack.callback(subprocess.run, ["umount", "-l", str(target)], check=True)
+        else:
+            monkeypatch.chdir(target)
+        with pytest.raises(ConfigError, match=kind) as caught:
+            export.export(export_safetensors, tier, "job", AT, target)
+        assert f"--to {target}/export" in str(caught.value.hint)
+        assert list(target.iterdir()) == []
+        export.export(export_safetensors, tier, "job", AT, target / "export")
+        assert same(load(target / "export"), {"a.t": number(1)[0]})
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    """A job whose many ranks each have something of their own is exported with few files open at once."""
+    tier = MemoryTier()
+    commit(tier, [{"loader.t": number(rank)} for rank in range(100)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        export.export(export_safetensors, tier, "job", AT, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    loaded = [safetensors.numpy.load_file(tmp_path / f"out/rank-{rank}/loader.safetensors") for rank in range(100)]
+    assert [float(tensors["t"][0]) for tensors in loaded] == list(range(100))
+
+
+@pytest.mark.parametrize("there", ["folder", "file", "broken link", "link to an empty folder"])
 def test_nothing_is_overwritten(tmp_path: Path, there: str) -> None:
     """Where anything is already, nothing is written, and the hint says what --to may name."""
     tier = MemoryTier()
@@ -209,11 +264,14 @@ def test_nothing_is_overwritten(tmp_path: Path, there: str) -> None:
     elif there == "file":
         target.write_text("precious")
     else:
+        if there == "link to an empty folder":
+            (tmp_path / "nowhere").mkdir()
         target.symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConfigError, match="there already") as caught:
         export.export(export_safetensors, tier, "job", AT, target)
     assert caught.value.hint
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "cut", "missing", "no checkpoint", "disk"])
@@ -222,7 +280,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, damage: str) -> None:
     tier = MemoryTier()
     commit(tier, [{"a.t": number(1), "b.u": number(2)}])
     key = keys.shard_key("job", AT, 0)
-    target, kind = tmp_path / "out", DamagedError
+    target, kind = tmp_path / "new" / "deep" / "out", DamagedError
     if damage == "flipped bit":
         data = bytearray(tier.get(key))
         data[data.index(number(2)[0].tobytes()) + 3] ^= 1

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from ckptd.storage.importing import Cargo, Incoming
 from ckptd.storage.safetensors_files import open_states, read_description
-from ckptd_integrations.torch.values import METADATA, any_object, choose, initial_names, pack, unique
+from ckptd_integrations.torch.values import METADATA, RESERVED, any_object, choose, initial_names, pack, unique
 
 
 @contextmanager
 def import_safetensors(place: Path, names: Mapping[str, str]) -> Iterator[Cargo]:
     """Open safetensors files; an `Importer`, whose groups are the files by their names without endings."""
     with ExitStack() as stack:
-        states = choose(open_states(place, stack), names, str(place))
+        groups = open_states(place, stack)
+        generators = groups.pop(RESERVED, None) if len(groups) > 1 else None
+        states = choose(groups, names, str(place))
         used = initial_names()
         tensors: list[Incoming] = []
         entries = []
@@ -33,6 +35,8 @@ def import_safetensors(place: Path, names: Mapping[str, str]) -> Iterator[Cargo]
             for path in sorted(place.glob("rank-*"))
             if path.is_dir() and path.name != "rank-0"
         ]
+        if generators is not None:
+            notes.append("left out: generators of random numbers, which safetensors can't hold whole")
         yield Cargo(
             tensors, pack(entries, {}, {}), METADATA, tuple(states), described.step, described.metrics, tuple(notes)
         )

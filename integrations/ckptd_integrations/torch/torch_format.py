@@ -22,6 +22,17 @@ from ckptd_integrations.torch.states import states_of
 
 FILE = "checkpoint.pt"
 ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+_OF_TORCH = "it is damaged, was copied in part, or torch.save has not written it"
+_NO_FILE_OF_TORCH = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    zipfile.BadZipFile,
+)
 _REFUSED = re.compile(r"(?:GLOBAL |global |instantiate |class )([A-Za-z_][\w.]*)")
 
 
@@ -73,13 +84,13 @@ def _load(file: Path) -> dict[str, Any]:
     except UnpicklingError as error:
         refused = _REFUSED.search(str(error))
         if refused is None:
-            raise DamagedError(f"{file} is no file that torch can load") from error
+            raise DamagedError(f"{file} is no file that torch can load", hint=_OF_TORCH) from error
         raise StateError(
             f"{file} holds a {refused[1]}, which is not loaded: it could run code",
             hint="load it where you trust it, and write its state_dict() with torch.save",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise DamagedError(f"{file} is no file that torch can load") from error
+    except _NO_FILE_OF_TORCH as error:
+        raise DamagedError(f"{file} is no file that torch can load", hint=_OF_TORCH) from error
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise StateError(
             f"{file} holds a {type(loaded).__name__}, and not states by name", hint="save a dict of states"

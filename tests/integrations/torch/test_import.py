@@ -112,6 +112,21 @@ def test_our_own_export(tmp_path):
     assert torch.equal(again["model"].norm.running_mean, state["model"].norm.running_mean)
 
 
+def test_our_own_export_with_generators(tmp_path):
+    """The generators of random numbers in an export to safetensors are left out, which is said; all else comes."""
+    state = {"model": nn.Linear(3, 2)}
+    export(export_safetensors, committed(state, rng=True), "job", AT, tmp_path / "out")
+    assert (tmp_path / "out/__ckptd__.safetensors").exists()
+    for names in ({}, {"model": ""}):
+        tier, cargo, at = imported(import_safetensors, tmp_path / "out", names)
+        assert cargo.states == ("model",)
+        assert cargo.notes == ("left out: generators of random numbers, which safetensors can't hold whole",)
+        found = restored(tier, at, {"model": nn.Linear(3, 2)}, rng=True)
+        assert torch.equal(found["model"].weight, state["model"].weight)
+    with pytest.raises(ConfigError, match="can't be named '__ckptd__'"):
+        imported(import_safetensors, tmp_path / "out/__ckptd__.safetensors")
+
+
 def test_safetensors_need_no_torch(tmp_path):
     """Where torch can't be imported, `ckptctl` imports and exports safetensors, and says what other formats need."""
     safetensors.torch.save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")

@@ -50,6 +50,19 @@ def test_nothing_that_is_imported_runs_code(tmp_path):
     assert not os.path.exists(trap)
 
 
+def test_a_torch_file_that_zipfile_refuses(tmp_path):
+    """A damaged directory of the archive is damage, and no fault of the format."""
+    path = tmp_path / "model.pt"
+    torch.save({"w": torch.ones(3)}, path)
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x06\x07") + 4] = 1  # as if the archive were a part of several
+    path.write_bytes(data)
+    with pytest.raises(zipfile.BadZipFile):
+        zipfile.is_zipfile(path)
+    with pytest.raises(DamagedError, match="is no file that torch can load"):
+        imported(import_torch, path)
+
+
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_are_read_as_data(protocol):
     """Plain data comes as it is, whatever the protocol; of an object come its name, arguments and state."""

@@ -33,6 +33,8 @@ from ckptd.tiers import JobTier
 
 _STORAGE_THREADS = 4
 _ANSWER_S = 2.0
+_END_S = 10.0
+"""After the grace time: for ranks to die and the last flush to come to its end."""
 _ANSWERED = (m.Join, m.Reserve, m.Open, m.Leave, m.Status, m.Submit, m.Control)
 CRASHED = 70
 """The exit code of an agent that met a bug of its own."""
@@ -131,11 +133,17 @@ class Agent:
         return not self.server.peers and all(job.idle for job in self.jobs.values())
 
     async def close(self, grace_s: float = 60.0) -> None:
-        """Stop every job at its next boundary, then stop listening."""
+        """Stop every job at its next boundary, then stop listening.
+
+        After `grace_s` no upload is waited for any more, which the next start of its job makes up for.
+        """
         running = [job for job in self.jobs.values() if not job.ended.done()]
         for job in running:
             job.feed(e.StopWanted(grace_s))
         if running:
+            _, late = await asyncio.wait([job.ended for job in running], timeout=grace_s + _END_S)
+            for job in running if late else ():
+                job.feed(e.StopWanted(0.0, checkpoint=False))
             await asyncio.wait([job.ended for job in running])
         if self._tasks:  # somebody who asked for the end waits for the answer
             await asyncio.wait(self._tasks, timeout=_ANSWER_S)

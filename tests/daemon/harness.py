@@ -295,6 +295,7 @@ class AgentThread:
     def __init__(self, node: Node, **config: Any) -> None:
         self.failures: list[dict[str, Any]] = []
         """What went to the loop's exception handler: bugs. `close` fails if there is any."""
+        self.grace_s = 60.0
         self._log = io.StringIO()
         self._config = AgentConfig(home=node.home, socket=node.socket, **config)
         self._ready = threading.Event()
@@ -312,7 +313,7 @@ class AgentThread:
             self._loop.set_exception_handler(lambda _, context: self.failures.append(context))
             self._ready.set()
             await self._stop.wait()
-            await self.agent.close()
+            await self.agent.close(self.grace_s)
             await asyncio.sleep(0)
         finally:
             structlog.configure(**before)

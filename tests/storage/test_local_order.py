@@ -60,7 +60,7 @@ def test_durable_before_named(
     tier.put("job/object", b"x" * size, create_only=create_only)
     wanted = _wanted(str(tmp_path / "job"), create_only=create_only)
     assert calls[-len(wanted) :] == wanted
-    assert all(call == ("fsync", "file") for call in calls[: -len(wanted)]), name  # at most a refused direct attempt before
+    assert all(call == ("fsync", "file") for call in calls[: -len(wanted)]), name  # at most a refused direct write
 
 
 def test_new_folders_are_durable_from_the_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ just that name. Each connection has a thread and a connection to the server of i
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import re
 import select
@@ -15,7 +16,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -144,15 +145,19 @@ class Proxy:
     def _serve(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), self._tracked(client):
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            with self._tracked(socket.create_connection(self._upstream)) as server:
-                server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.ExitStack() as stack:
                 try:
-                    exchange = _Exchange(self, _Side(client), _Side(server))
+                    exchange = _Exchange(self, _Side(client), lambda: self._reach(stack))
                     while not self._closing and exchange.one():
                         pass
                 except _BrokenError as broken:
                     if broken.reset:
                         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+
+    def _reach(self, stack: contextlib.ExitStack) -> _Side:
+        server = stack.enter_context(self._tracked(socket.create_connection(self._upstream)))
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return _Side(server)
 
     def met(self, request: Request) -> Rule | None:
         """Note a request, and return the rule that is for it."""
@@ -230,8 +235,13 @@ class _Side:
 class _Exchange:
     """Requests of one connection, one after the other."""
 
-    def __init__(self, proxy: Proxy, client: _Side, server: _Side) -> None:
-        self._proxy, self._client, self._server = proxy, client, server
+    def __init__(self, proxy: Proxy, client: _Side, reach: Callable[[], _Side]) -> None:
+        self._proxy, self._client, self._reach = proxy, client, reach
+
+    @functools.cached_property
+    def _server(self) -> _Side:
+        """The other end, reached with the first request that goes there: what is answered here needs none."""
+        return self._reach()
 
     def one(self) -> bool:
         """Serve a request; return whether another may follow."""

@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptd.core.policy.retention import Best, RetentionPolicy
+from ckptd.errors import CkptdError
 from ckptd.places import absolute_store
 from ckptd.plugin.manager import PluginManager
-from ckptd.storage.tier import Tier
+from ckptd.storage.tier import Cost, Report, Tier
+from ckptd.storage.wrappers.retry import RetryingTier, RetryPolicy
+from ckptd.storage.wrappers.verify import VerifyingTier
 from ckptd.store_config import StoreConfig
+
+_PATIENCE = RetryPolicy(deadline_s=15.0)
+"""What takes longer is for those who decide: an upload is tried again as a whole, a restore takes another copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +60,18 @@ def open_stores(stores: Sequence[StoreConfig], plugins: PluginManager, home: Pat
             name = f"{tier.name}-{number}"
         tiers.append(JobTier(name, tier, store))
     return tiers
+
+
+def patient(name: str, tier: Tier, report: Report) -> Tier:
+    """Return a tier whose passing troubles are waited out, when there are any to expect, and told as "tier retries"."""
+    if tier.capabilities.cost is not Cost.NETWORK:
+        return tier
+
+    def retried(what: str, attempt: int, delay_s: float, error: CkptdError) -> None:
+        report(
+            "tier retries",
+            {"tier": name, "call": what, "attempt": attempt, "in_s": round(delay_s, 2), "error": str(error)},
+        )
+
+    # A server, or what stands before it, may say that it has what it has not: nothing is committed upon that.
+    return VerifyingTier(RetryingTier(tier, _PATIENCE, report=retried), reads=False)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ckptd.protocol.messages import Done, Message
 from ckptd.storage import catalog
 from ckptd.storage.tier import Tier
 from ckptd.store_config import StoreConfig, absolute_stores, split_place
-from ckptd.tiers import JobTier, open_stores
+from ckptd.tiers import JobTier, open_stores, patient
 from ckptd.types import CheckpointId
 
 _CALL_DEADLINE_S = 10.0
@@ -58,13 +59,19 @@ def find_job(name: str, store: str | None, tier: str | None = None) -> list[JobP
         alone = manager.open_tier(chosen[0].url)
         opened = [JobTier(alone.name, alone, chosen[0])]
     places = [
-        JobPlace(name, item.tier, item.name, item.config if store is None else None)
+        JobPlace(name, patient(item.name, item.tier, _tell), item.name, item.config if store is None else None)
         for item in opened
         if tier in (None, item.name)
     ]
     if not places:
         raise NotFoundError(f"job {name} has no tier {tier}", hint=f"its tiers: {', '.join(i.name for i in opened)}")
     return places
+
+
+def _tell(event: str, fields: Mapping[str, Any]) -> None:
+    """Say why a command takes so long."""
+    del event  # there is one
+    print(f"ckptctl: {fields['error']}; trying again in {fields['in_s']:g} s", file=sys.stderr)
 
 
 def open_plugins() -> PluginManager:

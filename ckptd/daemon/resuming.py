@@ -12,12 +12,11 @@ from ckptd.config import JobConfig, Origin
 from ckptd.core import lineage
 from ckptd.core.events import StoreRead
 from ckptd.daemon.further_tiers import Progress
-from ckptd.daemon.tiers import patient
 from ckptd.errors import DamagedError, NotFoundError
 from ckptd.storage import adopting, catalog
 from ckptd.storage.pacing import StoppablePace
 from ckptd.storage.tier import Report, Tier
-from ckptd.tiers import JobTier
+from ckptd.tiers import JobTier, patient
 from ckptd.types import CheckpointId
 
 OpenTier = Callable[[str, Mapping[str, Any]], Tier]

@@ -16,15 +16,11 @@ from ckptd.errors import CkptdError, FencedError, RefusedError
 from ckptd.log import Logger
 from ckptd.plugin.manager import PluginManager
 from ckptd.storage import catalog
-from ckptd.storage.tier import Capabilities, Cost, Report, Reporting, Tier
+from ckptd.storage.tier import Capabilities, Report, Reporting
 from ckptd.storage.wrappers.forwarding import ForwardingTier
-from ckptd.storage.wrappers.retry import RetryingTier, RetryPolicy
-from ckptd.storage.wrappers.verify import VerifyingTier
-from ckptd.tiers import JobTier, open_stores, retention_of
+from ckptd.tiers import JobTier, open_stores, patient, retention_of
 from ckptd.types import CheckpointId, Held
 
-_PATIENCE = RetryPolicy(deadline_s=15.0)
-"""What takes longer is for those who decide: an upload is tried again as a whole, a restore takes another copy."""
 HOLD_PATIENCE_S = 10.0
 """How long a new agent waits for the one before it to be gone."""
 _MOMENT_S = 0.5
@@ -157,18 +153,3 @@ def read(tiers: Sequence[JobTier], job: str) -> StoreRead:
         if checkpoint in committed.get(item.name, ())
     )
     return StoreRead(sources, lineage.latest_generation(parents, everywhere), held, unread)
-
-
-def patient(name: str, tier: Tier, report: Report) -> Tier:
-    """Return a tier whose passing troubles are waited out, when there are any to expect."""
-    if tier.capabilities.cost is not Cost.NETWORK:
-        return tier
-
-    def retried(what: str, attempt: int, delay_s: float, error: CkptdError) -> None:
-        report(
-            "tier retries",
-            {"tier": name, "call": what, "attempt": attempt, "in_s": round(delay_s, 2), "error": str(error)},
-        )
-
-    # A server, or what stands before it, may say that it has what it has not: nothing is committed upon that.
-    return VerifyingTier(RetryingTier(tier, _PATIENCE, report=retried), reads=False)

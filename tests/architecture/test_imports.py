@@ -32,7 +32,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ckptd.places",
         "ckptd.store_config",
     },
-    "ckptd.tiers": {"ckptd.core.policy", "ckptd.plugin", "ckptd.storage", "ckptd.places", "ckptd.store_config"},
+    "ckptd.tiers": {
+        "ckptd.errors",
+        "ckptd.core.policy",
+        "ckptd.plugin",
+        "ckptd.storage",
+        "ckptd.places",
+        "ckptd.store_config",
+    },
     # the layers
     "ckptd.protocol": NOUNS,
     "ckptd.client": {*NOUNS, "ckptd.protocol", "ckptd.units", "ckptd.places"},

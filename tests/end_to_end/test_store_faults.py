@@ -116,6 +116,7 @@ def store(world: World, request: pytest.FixtureRequest) -> Iterator[Store]:
         found.close()
 
 
+@pytest.mark.faults
 def test_training_goes_on_while_a_bucket_fails(store: Store) -> None:
     """Bursts of 503, a bucket that is gone, credentials that expire, a server that hangs: each is named in the log,
     delays no local commit, and once it is over the newest checkpoint gets there, intact."""

@@ -144,4 +144,7 @@ def _arm(machine: Machine, moment: Moment) -> float | None:
 
 
 def _tail(machine: Machine) -> str:
-    return "\n".join(machine.console.read_text(errors="replace").splitlines()[-_CONSOLE_LINES:])
+    """Return the end of what the guest said; of a panic what led to it, and not where the kernel was then."""
+    said = machine.console.read_text(errors="replace").splitlines()
+    end = next((place + 1 for place, line in enumerate(said) if "Kernel panic" in line), len(said))
+    return "\n".join(said[max(0, end - _CONSOLE_LINES) : end])

@@ -55,7 +55,9 @@ class Campaign:
         with self._image.open("wb") as image:
             image.truncate(_DISK_BYTES)
         options = ["-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard"]
-        subprocess.run([self._parts.mke2fs, "-q", "-F", "-t", "ext4", *options, str(self._image)], check=True)
+        subprocess.run(
+            [self._parts.mke2fs, "-q", "-F", "-t", "ext4", "-b", "4096", *options, str(self._image)], check=True
+        )
 
     def run(self, kills: int) -> Iterator[str]:
         """Cut power so many times, then boot once more and end in peace; yields a line for each boot.

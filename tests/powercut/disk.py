@@ -2,7 +2,7 @@
 
 A drive answers a write as soon as it has the bytes, and puts them down later, in any order. What it promises is that
 everything it has answered before a flush is durable once that returns, and a write with FUA as soon as that returns.
-So after a power cut every sector holds one of: what was durable, or what any later write put there.
+So after a power cut every block holds one of: what was durable, or what any later write put there.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 SECTOR_BYTES = 512
-WHOLE_BYTES = 4096
-"""The first so many bytes are never torn. ext4 rewrites its superblock there in place, at each mount, and a superblock
-of which one sector is old needs `e2fsck`; drives of the last decade write 4 KiB whole."""
+BLOCK_BYTES = 4096
+"""What is put down whole or not at all, as drives of the last decade do. ext4 counts on it: a block of its journal of
+which some sectors are old is corruption to it, and no interrupted commit, so that it refuses to mount."""
 _KEEPS = (0.0, 0.0, 0.2, 0.5, 0.9, 1.0)
 _TEARS = (0.0, 0.3, 1.0)
 
@@ -44,8 +44,7 @@ class _Write:
         """Yield the ranges of `data` that are written whole or not at all."""
         at, size = 0, len(self.data)
         while at < size:
-            whole = WHOLE_BYTES - self.offset - at
-            end = min(size, at + (whole if whole > 0 else SECTOR_BYTES))
+            end = min(size, at + BLOCK_BYTES - (self.offset + at) % BLOCK_BYTES)
             yield at, end
             at = end
 
@@ -90,7 +89,7 @@ class Disk:
         self._flushed += covered
 
     def cut(self, rng: random.Random) -> Cut:
-        """Lose power: of each write in the cache all sectors, some or none become durable, in an order that may be any.
+        """Lose power: of each write in the cache all blocks, some or none become durable, in an order that may be any.
 
         How much is lost differs from cut to cut, from nothing to everything.
         """

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.powercut.disk import SECTOR_BYTES, WHOLE_BYTES, Disk
+from tests.powercut.disk import BLOCK_BYTES, SECTOR_BYTES, Disk
 
 _SECTORS = 24
 _HOW = ("cached", "fua", "flush after", "flush before")
@@ -52,23 +52,25 @@ def test_each_sector_is_what_it_may_be(writes: list[tuple[int, int, str]], seed:
     assert disk.read(0, len(durable)) == durable
 
 
-@given(seed=st.integers(0, 2**32))
-def test_the_first_block_is_never_torn(seed: int) -> None:
-    """Of a write over the beginning of the disk the first 4 KiB are all old or all new."""
-    durable = bytearray(4 * WHOLE_BYTES)
+@given(seed=st.integers(0, 2**32), first=st.integers(0, 15), count=st.integers(1, 40))
+def test_no_block_is_torn(seed: int, first: int, count: int) -> None:
+    """Of a write that begins and ends anywhere, what falls into one block of 4 KiB is all old or all new."""
+    durable = bytearray(8 * BLOCK_BYTES)
     disk = Disk(durable, bytearray(len(durable)))
-    disk.write(0, b"\1" * len(durable))
+    end = min(len(durable), (first + count) * SECTOR_BYTES)
+    disk.write(first * SECTOR_BYTES, b"\1" * (end - first * SECTOR_BYTES))
     disk.cut(random.Random(seed))
-    assert set(durable[:WHOLE_BYTES]) in ({0}, {1})
+    for begin in range(0, end, BLOCK_BYTES):
+        assert len(set(durable[max(begin, first * SECTOR_BYTES) : min(begin + BLOCK_BYTES, end)])) <= 1
 
 
 def test_cuts_keep_tear_and_lose() -> None:
     """Over some seeds there are writes that were kept, torn and lost, and cuts that spare or take everything."""
     cuts = []
     for seed in range(200):
-        disk = Disk(bytearray(64 * SECTOR_BYTES), bytearray(64 * SECTOR_BYTES))
-        for at in range(16, 64, 8):
-            disk.write(at * SECTOR_BYTES, b"\1" * 8 * SECTOR_BYTES)
+        disk = Disk(bytearray(48 * BLOCK_BYTES), bytearray(48 * BLOCK_BYTES))
+        for at in range(0, 48, 8):
+            disk.write(at * BLOCK_BYTES, b"\1" * 8 * BLOCK_BYTES)
         cuts.append(disk.cut(random.Random(seed)))
     assert {cut.writes for cut in cuts} == {6}
     assert all(any(count) for count in zip(*((cut.kept, cut.torn, cut.lost) for cut in cuts), strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -25,6 +26,11 @@ from botocore.exceptions import BotoCoreError, ClientError
 ACCESS_KEY, SECRET_KEY = "ckptd-tests", "not-a-secret-of-anybody"
 REGION = "us-east-1"
 _READY_DEADLINE_S = 60.0
+_TRIES = 3
+
+
+class _PortTakenError(AssertionError):
+    """Raised when the server found one of its ports taken."""
 
 
 @dataclass(slots=True)
@@ -47,7 +53,7 @@ class Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
-    def client(self, **options: object):
+    def client(self, access_key: str = ACCESS_KEY, **options: object):
         """Return a botocore client, to look at the server without any of our code."""
         session = botocore.session.Session()
         config = Config(s3={"addressing_style": "path"}, retries={"max_attempts": 1}, read_timeout=30)
@@ -55,7 +61,7 @@ class Server:
             "s3",
             region_name=REGION,
             endpoint_url=self.endpoint,
-            aws_access_key_id=ACCESS_KEY,
+            aws_access_key_id=access_key,
             aws_secret_access_key=SECRET_KEY,
             config=config.merge(Config(**options)),
         )
@@ -78,15 +84,29 @@ class Server:
 
 
 def start(parent: Path | None = None) -> Server:
-    """Start a server in a new folder below `parent` and return it once it answers a signed request."""
+    """Start a server in a new folder below `parent` and return it once it answers a signed request.
+
+    Whoever else starts one at the same time may take a port that was free when this one chose it, so there is a second
+    try, and a third.
+    """
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(_PortTakenError):
+            return _start(parent)
+    return _start(parent)
+
+
+def _start(parent: Path | None) -> Server:
     folder = Path(tempfile.mkdtemp(prefix="ckptd-s3-", dir=parent))
     (folder / "data").mkdir()
-    identity = {
-        "name": "ckptd",
-        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    identities = [
+        {
+            "name": key,
+            "credentials": [{"accessKey": key, "secretKey": SECRET_KEY}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        for key in (ACCESS_KEY, folder.name)
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     ports = _free_ports(6)
     command = [
         str(Path(sys.executable).parent / "weed"), "-logtostderr=true", "server", f"-dir={folder / 'data'}",
@@ -103,16 +123,19 @@ def start(parent: Path | None = None) -> Server:
     server = Server(f"http://127.0.0.1:{ports[3]}", process, folder, ports)
     try:
         _wait_until_ready(server)
-    except BaseException:
-        print((folder / "log").read_text(errors="replace")[-3000:], file=sys.stderr)
+    except BaseException as error:
+        said = (folder / "log").read_text(errors="replace")
         server.stop()
+        if isinstance(error, AssertionError) and "address already in use" in said:
+            raise _PortTakenError(said[-1000:]) from error
+        print(said[-3000:], file=sys.stderr)
         raise
     return server
 
 
 def _wait_until_ready(server: Server) -> None:
     deadline_s = time.monotonic() + _READY_DEADLINE_S
-    client = server.client(connect_timeout=1)
+    client = server.client(server.folder.name, connect_timeout=1)  # another server on its port would not know the key
     while True:
         assert server.process.poll() is None, f"the S3 server ended with {server.process.returncode}"
         with contextlib.suppress(BotoCoreError, ClientError):
@@ -123,19 +146,17 @@ def _wait_until_ready(server: Server) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return ports whose number plus 10000, which SeaweedFS takes for gRPC, is free as well."""
+    """Return ports that are free, and so is each plus 10000, which SeaweedFS takes for gRPC.
+
+    They lie below those that the kernel hands out, or anybody's connection could take one before the server does.
+    """
     found: list[int] = []
     with contextlib.ExitStack() as stack:
         while len(found) < count:
+            port = random.randrange(11_000, 22_000)
             held = [stack.enter_context(socket.socket()) for _ in range(2)]
-            held[0].bind(("127.0.0.1", 0))
-            port = held[0].getsockname()[1]
-            if port + 10000 > 65535:
-                port -= 20000
-            try:
-                held[1].bind(("127.0.0.1", port + 10000))
-            except OSError:
-                continue
-            if port not in found:
+            with contextlib.suppress(OSError):
+                held[0].bind(("127.0.0.1", port))
+                held[1].bind(("127.0.0.1", port + 10_000))
                 found.append(port)
     return found

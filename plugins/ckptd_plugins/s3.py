@@ -1,8 +1,8 @@
 """The plugin of ``s3://``: one contract over two engines, of which a job may choose.
 
-obstore is the default: for the same bytes it takes 0.6 (up) and 0.7 (down) of the processor time of s3fs, for small
-objects a sixth, and that is time that training does not have (tests/bench/README.md). s3fs goes on with an upload that
-a killed agent left half done, which pays for large shards on slow links.
+obstore is the default: objects come down in 0.7 of the processor time of s3fs, and small ones go both ways in a sixth,
+and that is time that training does not have (tests/bench/README.md). Large ones go up the same way over both: in parts,
+with which a later put goes on.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ import pytest
 
 from ckptd.errors import DamagedError, FencedError, StoreError
 from ckptd.storage.tier import Tier
-from ckptd_plugins.storage_s3 import open_s3
+from ckptd_plugins.s3 import open_bucket
+from tests.object_store.proxied import ENGINES
 from tests.object_store.server import Server
 
 PART_BYTES = 5 * 2**20
@@ -65,10 +66,10 @@ class Failing:
         into[:] = DATA[offset : offset + len(into)]
 
 
-@pytest.fixture
-def tier(s3_url: str) -> Iterator[Tier]:
-    """An empty S3 tier with the smallest parts that there are."""
-    opened = open_s3(s3_url, PARTS)
+@pytest.fixture(params=ENGINES)
+def tier(s3_url: str, request: pytest.FixtureRequest) -> Iterator[Tier]:
+    """An empty place, over either engine, with the smallest parts that there are."""
+    opened = open_bucket(s3_url, PARTS | {"engine": request.param})
     yield opened
     opened.close()
 
@@ -77,7 +78,8 @@ def test_a_killed_put_is_continued(tier: Tier, s3_server: Server) -> None:
     """What a process has sent before SIGKILL is not sent again by the next one that puts the object."""
     code = """
 import sys, time
-from ckptd_plugins.storage_s3 import open_s3
+from ckptd_plugins.s3 import open_bucket
+from tests.object_store.proxied import ENGINES
 PART_BYTES = 5 * 2**20
 data = sys.stdin.buffer.read()
 class Stuck:
@@ -86,7 +88,7 @@ class Stuck:
         if offset >= 3 * PART_BYTES:
             time.sleep(600)
         into[:] = data[offset : offset + len(into)]
-open_s3(sys.argv[1], {"part_bytes": PART_BYTES, "parts_in_flight": 2}).put("job/large", Stuck())
+open_bucket(sys.argv[1], {"part_bytes": PART_BYTES, "parts_in_flight": 2}).put("job/large", Stuck())
 """
     sender = subprocess.Popen([sys.executable, "-c", code, tier.url], stdin=subprocess.PIPE)
     try:

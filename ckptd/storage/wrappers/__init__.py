@@ -7,7 +7,7 @@ nobody else up), `VerifyingTier` (so that a look that fails does not send everyt
 
 from ckptd.storage.wrappers.limit import LimitedTier
 from ckptd.storage.wrappers.meter import MeteredTier
-from ckptd.storage.wrappers.retry import RetryingTier, RetryPolicy, next_delay
+from ckptd.storage.wrappers.retry import Retrier, RetryingTier, RetryPolicy, next_delay
 from ckptd.storage.wrappers.verify import VerifyingTier
 
-__all__ = ["LimitedTier", "MeteredTier", "RetryPolicy", "RetryingTier", "VerifyingTier", "next_delay"]
+__all__ = ["LimitedTier", "MeteredTier", "Retrier", "RetryPolicy", "RetryingTier", "VerifyingTier", "next_delay"]

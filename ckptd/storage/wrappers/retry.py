@@ -52,12 +52,55 @@ def next_delay(attempt: int, elapsed_s: float, policy: RetryPolicy, rng: Callabl
     return delay_s if elapsed_s + delay_s <= policy.deadline_s else None
 
 
-class RetryingTier(ForwardingTier):
-    """Makes a call again when its error says that this may help (`retryable`).
+class Retrier:
+    """Makes a call again when its error says that this may help (`retryable`); any thread may ask.
 
     What is not there, damaged, refused or fenced is raised at once: no retry changes it. `close` ends the waiting of
     other threads; their calls raise the error that they were waiting for to pass.
     """
+
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        *,
+        sleep: Callable[[float], object] | None = None,
+        random: Callable[[], float] = randomness.random,
+        clock: Callable[[], float] = time.monotonic,
+        report: Report | None = None,
+    ) -> None:
+        self._policy = policy
+        self._closing = threading.Event()
+        self._sleep = sleep or self._closing.wait
+        self._random = random
+        self._clock = clock
+        self._report = report
+
+    def call(self, what: str, act: Callable[[], Result]) -> Result:
+        """Return what `act` returns, at the first attempt that does not fail in passing."""
+        begin_s, attempt = self._clock(), 1
+        while True:
+            try:
+                return act()
+            except CkptdError as error:
+                if not error.retryable or self._closing.is_set():
+                    raise
+                delay_s = next_delay(attempt, self._clock() - begin_s, self._policy, self._random)
+                if delay_s is None:
+                    raise
+                if self._report is not None:
+                    self._report(what, attempt, delay_s, error)
+                self._sleep(delay_s)
+                if self._closing.is_set():
+                    raise
+            attempt += 1
+
+    def close(self) -> None:
+        """End all waiting; no call is made again from now on."""
+        self._closing.set()
+
+
+class RetryingTier(ForwardingTier):
+    """A tier whose calls are made again as `Retrier` says."""
 
     def __init__(
         self,
@@ -70,30 +113,10 @@ class RetryingTier(ForwardingTier):
         report: Report | None = None,
     ) -> None:
         super().__init__(tier)
-        self._policy = policy or RetryPolicy()
-        self._closing = threading.Event()
-        self._sleep = sleep or self._closing.wait
-        self._random = random
-        self._clock = clock
-        self._report = report
+        self._retrier = Retrier(policy or RetryPolicy(), sleep=sleep, random=random, clock=clock, report=report)
 
     def _call(self, operation: str, key: str, act: Callable[[], Result]) -> Result:
-        begin_s, attempt = self._clock(), 1
-        while True:
-            try:
-                return act()
-            except CkptdError as error:
-                if not error.retryable or self._closing.is_set():
-                    raise
-                delay_s = next_delay(attempt, self._clock() - begin_s, self._policy, self._random)
-                if delay_s is None:
-                    raise
-                if self._report is not None:
-                    self._report(f"{operation} {key}".rstrip(), attempt, delay_s, error)
-                self._sleep(delay_s)
-                if self._closing.is_set():
-                    raise
-            attempt += 1
+        return self._retrier.call(f"{operation} {key}".rstrip(), act)
 
     def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         """Keep `data` under `key`; `pace` is asked again for what is sent again.
@@ -135,5 +158,5 @@ class RetryingTier(ForwardingTier):
 
     def close(self) -> None:
         """End all waiting, then close the tier within."""
-        self._closing.set()
+        self._retrier.close()
         super().close()

@@ -1,4 +1,4 @@
-"""S3 over obstore, an engine written in Rust: no copies and little CPU, but no upload that a later put goes on with."""
+"""S3 over obstore, an engine written in Rust: little processor time for small objects and for all that is read."""
 
 from __future__ import annotations
 

@@ -44,11 +44,6 @@ STALE = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNot
 """Codes, and statuses of answers without one, of credentials that may have been replaced since they were read."""
 
 
-def timed_out(error: Exception) -> bool:
-    """Whether a request took longer than it may."""
-    return _first(_KIND, str(error)) == "Timeout"
-
-
 def is_stale(error: Exception) -> bool:
     """Whether other credentials might have been let in."""
     text = str(error)
@@ -63,8 +58,6 @@ def translated(verb: str, where: str, error: Exception, problem: StoreError | No
     doing = f"can't {verb} {where}"
     if isinstance(error, UnauthenticatedError) and problem is not None:
         return type(problem)(f"{doing}: {problem.message}", hint=problem.hint)
-    if code == "NoSuchUpload":
-        return StoreError(f"{doing}: {code}", hint="somebody else has completed or ended this upload")
     if isinstance(error, FileNotFoundError) and code != "NoSuchBucket":
         return NotFoundError(f"no object {where}")
     if isinstance(error, AlreadyExistsError):

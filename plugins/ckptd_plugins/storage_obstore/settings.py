@@ -50,7 +50,7 @@ def client(options: S3Options, endpoint: str | None) -> ClientConfig:
     """Return the settings of HTTP.
 
     The timeout of reading begins anew with each piece that comes. But it runs while a request is sent, too, and no
-    piece that goes moves it: see `gears`.
+    piece that goes moves it; what is put by the engine is small enough for that.
     """
     return {
         "allow_http": is_plain(endpoint),
@@ -58,20 +58,6 @@ def client(options: S3Options, endpoint: str | None) -> ClientConfig:
         "read_timeout": timedelta(seconds=options.timeout_s),
         "timeout": timedelta(seconds=_WHOLE_REQUEST_S),
         "pool_idle_timeout": timedelta(seconds=_IDLE_S),
-    }
-
-
-def retries_of_parts(options: S3Options) -> RetryConfig:
-    """Return how often the engine sends a part again by itself.
-
-    All else is retried by who calls a tier. A part is not, since one that fails would cost all that were sent. The
-    waits add up to 20 s; a part that ran out of time is not sent again, since a server that hangs would be waited for
-    twice, and once more when what was sent is taken back.
-    """
-    return {
-        "max_retries": 8,
-        "retry_timeout": timedelta(seconds=options.timeout_s),
-        "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=5), "base": 2},
     }
 
 

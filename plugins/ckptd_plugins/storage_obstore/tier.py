@@ -1,8 +1,7 @@
 """The tier over obstore: a bucket and a prefix in the contract of `ckptd.storage.tier`.
 
-Large objects go in parts of the caller's own memory, several in flight, without a copy; the server refuses a part whose
-checksum (CRC64NVME) is not that of the bytes that arrived. An upload that fails is taken back, and one that was killed
-is left for `sweep`: this engine can't go on with either, which the capability `multipart` says.
+The engine, written in Rust, reads, lists and puts small objects for little processor time. Large ones go by way of
+`storage_s3.puts`, whose uploads a later put goes on with: the engine has no call for that.
 """
 
 from __future__ import annotations
@@ -14,24 +13,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import obstore
 
-from ckptd.errors import CkptdError, DamagedError, RefusedError, StoreError
-from ckptd.storage.stream import stream_of
+from ckptd.errors import CkptdError, DamagedError, FencedError, RefusedError, StoreError
+from ckptd.storage.stream import piece, stream_of
 from ckptd.storage.tier import Capabilities, Cost, Data, Entry, FailureGroup, Pace
-from ckptd.units import show_size
-from ckptd_plugins.storage_obstore import gears
-from ckptd_plugins.storage_obstore.failures import ENGINE_ERRORS, is_stale, timed_out, translated
-from ckptd_plugins.storage_obstore.parts import Parts, Waiting
+from ckptd_plugins.storage_obstore.failures import ENGINE_ERRORS, is_stale, translated
+from ckptd_plugins.storage_obstore.requests import Requests
 from ckptd_plugins.storage_obstore.stores import Stores
-from ckptd_plugins.storage_obstore.sweeping import end_uploads
 from ckptd_plugins.storage_s3.options import Place, S3Options
-from ckptd_plugins.storage_s3.parts import part_bytes_for
+from ckptd_plugins.storage_s3.puts import Puts
 
-CREATE_ONLY_MAX_BYTES = 64 * 2**20
 _SMALL_BYTES = 2**20
+"""What goes in one request of the engine's, which can't tell one that is slow from one that stands still."""
 _CHUNK_BYTES = 2**18
 """What is copied at once on the way in: small enough for the cache of a core, large enough to be few calls."""
 _LIST_CHUNK = 1000
@@ -51,7 +47,7 @@ class ObstoreTier:
         create_only_put=True,
         atomic_replace=True,
         range_read=True,
-        multipart=False,
+        multipart=True,
         server_checksum=True,
         consistent_list=True,
         exclusive_hold=False,
@@ -64,64 +60,26 @@ class ObstoreTier:
         self._place, self._options = place, options
         self.url = place.url
         self._stores = Stores(place, options)
-        self._gear = gears.usual(options)
+        self._requests = Requests(self._stores, place, options)
+        self._puts = Puts(self._requests, place, options)
         self._attributes = {"Storage-Class": options.storage_class} if options.storage_class else None
         self._lock = threading.Lock()
         self._readers: ThreadPoolExecutor | None = None
 
     def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
-        """Send an object: whole when it is small or must be new, else in parts."""
+        """Send an object: whole when it is small, else in parts."""
         stream = stream_of(data)
-        size_bytes = stream.size_bytes
-        if create_only and size_bytes > CREATE_ONLY_MAX_BYTES:
-            raise RefusedError(
-                f"can't create {self._where(key)}: {show_size(size_bytes)} in one request",
-                hint=f"this engine creates objects of up to {show_size(CREATE_ONLY_MAX_BYTES)} only",
-            )
-        gear = self._gear
-        part_bytes = part_bytes_for(size_bytes, gear.part_bytes)
-        whole = create_only or size_bytes <= part_bytes
-        waiting = Waiting(pace)
-        parts = Parts(stream, size_bytes if whole else part_bytes, waiting)
-        begin_s = time.monotonic()
+        if stream.size_bytes > _SMALL_BYTES:
+            self._puts.put(key, stream, pace, create_only=create_only)
+            return
+        whole = piece(stream, 0, stream.size_bytes) if stream.size_bytes else b""
+        if pace is not None:
+            pace(len(whole))
+        mode: Literal["create", "overwrite"] = "create" if create_only else "overwrite"
         try:
-            if whole:
-                self._put_whole(key, parts, create_only=create_only)
-            else:
-                self._put_parts(key, parts, part_bytes, gear.in_flight)
+            obstore.put(self._stores.engine, key, whole, attributes=self._attributes, use_multipart=False, mode=mode)
         except ENGINE_ERRORS as error:
-            if parts.error is not None:
-                raise parts.error from None
-            if size_bytes > _SMALL_BYTES and timed_out(error):
-                self._gear = gears.GENTLE
             raise self._failed("create" if create_only else "put", key, error) from error
-        finally:
-            parts.settle()
-        took_s = time.monotonic() - begin_s - waiting.seconds
-        wanted = gears.after_success(gear, self._options, size_bytes, took_s)
-        if wanted != gear:
-            self._gear = wanted
-
-    def _put_whole(self, key: str, parts: Parts, *, create_only: bool) -> None:
-        obstore.put(
-            self._stores.whole,
-            key,
-            list(parts) or b"",
-            attributes=self._attributes,
-            use_multipart=False,
-            mode="create" if create_only else "overwrite",
-        )
-
-    def _put_parts(self, key: str, parts: Parts, part_bytes: int, in_flight: int) -> None:
-        obstore.put(
-            self._stores.parts,
-            key,
-            parts,
-            attributes=self._attributes,
-            use_multipart=True,
-            chunk_size=part_bytes,
-            max_concurrency=in_flight,
-        )
 
     def get(self, key: str) -> bytes:
         """Return an object whole.
@@ -136,7 +94,7 @@ class ObstoreTier:
 
     def _get(self, key: str) -> tuple[bytes, str]:
         try:
-            result = obstore.get(self._stores.whole, key)
+            result = obstore.get(self._stores.engine, key)
             return bytes(result.bytes()), (result.meta["e_tag"] or "").strip('"')
         except ENGINE_ERRORS as error:
             raise self._failed("read", key, error) from error
@@ -186,7 +144,7 @@ class ObstoreTier:
     def _fetch_piece(self, key: str, take: Take, begin: int, end: int) -> str | None:
         at = begin
         try:
-            result = obstore.get(self._stores.whole, key, options={"range": (begin, end)})
+            result = obstore.get(self._stores.engine, key, options={"range": (begin, end)})
             for chunk in result.stream(min_chunk_size=_CHUNK_BYTES):
                 take(at, chunk)
                 at += len(chunk)
@@ -205,7 +163,7 @@ class ObstoreTier:
     def _everything(self, prefix: str) -> Iterator[Entry]:
         folder = prefix.rpartition("/")[0]
         try:
-            for chunk in obstore.list(self._stores.whole, folder or None, chunk_size=_LIST_CHUNK):
+            for chunk in obstore.list(self._stores.engine, folder or None, chunk_size=_LIST_CHUNK):
                 for found in chunk:
                     if found["path"].startswith(prefix):
                         yield Entry(found["path"], found["size"], found["last_modified"].timestamp())
@@ -215,7 +173,7 @@ class ObstoreTier:
     def delete(self, key: str) -> None:
         """Remove an object."""
         try:
-            obstore.delete(self._stores.whole, key)
+            obstore.delete(self._stores.engine, key)
         except FileNotFoundError as error:
             failed = self._failed("delete", key, error)
             if isinstance(failed, RefusedError):
@@ -225,8 +183,7 @@ class ObstoreTier:
 
     def sweep(self, prefix: str, older_than_s: float) -> Sequence[str]:
         """End open uploads, and remove probes."""
-        ended = end_uploads(self._stores.chain, self._options, self._place, prefix, older_than_s)
-        removed = [f"open upload of {key}" for key in ended]
+        removed = self._puts.sweep(prefix, older_than_s)
         before_s = time.time() - older_than_s
         for entry in {found.key: found for place in (prefix, _PROBES) for found in self._everything(place)}.values():
             if _is_temporary(entry.key) and entry.modified_at < before_s:
@@ -235,12 +192,24 @@ class ObstoreTier:
         return removed
 
     def check_writable(self) -> None:
-        """List nothing, which only works in a bucket that is there, then put an object and delete it."""
+        """List nothing, which only works in a bucket that is there, and see that a probe can't be created twice.
+
+        Claims depend on that, and servers that take ``If-None-Match`` and overwrite all the same exist.
+        """
         probe = f"{_PROBES}{_TEMPORARY}{os.urandom(8).hex()}"
         for _ in self.list(f"{probe}/"):
             pass
-        self.put(probe, b"ckptd")
-        self.delete(probe)
+        self.put(probe, b"ckptd", create_only=True)
+        try:
+            self.put(probe, b"again", create_only=True)
+        except FencedError:
+            return
+        finally:
+            self.delete(probe)
+        raise RefusedError(
+            f"{self.url} can't be used: its server overwrites what a create-only put must leave alone",
+            hint="use a server that knows conditional writes (If-None-Match)",
+        )
 
     def hold(self, job: str, deadline_s: float) -> None:
         """Refuse: a bucket has no locks."""
@@ -248,11 +217,13 @@ class ObstoreTier:
         raise RefusedError(f"{self.url} has no locks that could keep other agents from job {job}")
 
     def close(self) -> None:
-        """Let go of the threads that read; connections go with the engine's stores."""
+        """Let go of the threads that read, and of connections; those of the engine go with it."""
+        self._puts.close()
         with self._lock:
             readers, self._readers = self._readers, None
         if readers is not None:
             readers.shutdown()
+        self._requests.close()
 
     def _reader(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -262,7 +233,7 @@ class ObstoreTier:
 
     def _head(self, key: str) -> Mapping[str, Any]:
         try:
-            return obstore.head(self._stores.whole, key)
+            return obstore.head(self._stores.engine, key)
         except ENGINE_ERRORS as error:
             raise self._failed("read", key, error) from error
 

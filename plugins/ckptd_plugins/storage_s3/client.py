@@ -14,13 +14,13 @@ from s3fs.core import S3_RETRYABLE_ERRORS
 
 from ckptd.errors import DamagedError, FencedError, StoreError
 from ckptd.storage.pacing import be_nice
+from ckptd_plugins.storage_s3.body import PIECE_BYTES, Body
 from ckptd_plugins.storage_s3.failures import FROM_OUTSIDE, ReplacedError, StaleError, explain
 from ckptd_plugins.storage_s3.options import Place, S3Options
+from ckptd_plugins.storage_s3.upload import Answer
 
 Result = TypeVar("Result")
-Answer = dict[str, Any]
 _CLOSE_S = 5.0
-_SEND_BYTES = 2**18
 _READ_BYTES = 2**20
 _PLAIN_BODY_BYTES = 2**20
 _CONNECTIONS = 64
@@ -49,41 +49,17 @@ class Progress:
         return self._until_s - time.monotonic()
 
 
-class Body:
-    """Memory as the body of a request, sent from where it lies.
-
-    botocore asks it to be a file, which it reads to sign it where there is no TLS; aiohttp iterates over it. Given
-    as `bytes` it would be copied and, beyond 1 MiB, handed to the socket in one step that holds up the loop.
-    """
+class WatchedBody(Body):
+    """A body that aiohttp iterates over; given as `bytes` it would be copied and, beyond 1 MiB, hold up the loop."""
 
     def __init__(self, data: memoryview, progress: Progress) -> None:
-        self._data = data
+        super().__init__(data)
         self._progress = progress
-        self._at = 0
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def read(self, size_bytes: int = -1) -> memoryview:
-        """Return the next bytes, as a file would."""
-        end = len(self._data) if size_bytes is None or size_bytes < 0 else self._at + size_bytes
-        found = self._data[self._at : end]
-        self._at += len(found)
-        return found
-
-    def tell(self) -> int:
-        """Return where the next bytes are."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Go somewhere else."""
-        self._at = offset + (0, self._at, len(self._data))[whence]
-        return self._at
 
     async def __aiter__(self) -> AsyncIterator[memoryview]:
-        for begin in range(0, len(self._data), _SEND_BYTES):
+        while piece := self.read(PIECE_BYTES):
             self._progress.moved()
-            yield self._data[begin : begin + _SEND_BYTES]
+            yield piece
 
 
 class Client:
@@ -109,7 +85,7 @@ class Client:
         progress = Progress(self._patience_s * (_THINKS_TIMES if method == _THINKS else 1))
         body = arguments.get("Body")
         if isinstance(body, memoryview):
-            arguments["Body"] = bytes(body) if len(body) <= _PLAIN_BODY_BYTES else Body(body, progress)
+            arguments["Body"] = bytes(body) if len(body) <= _PLAIN_BODY_BYTES else WatchedBody(body, progress)
         return self._run(self._call(method, arguments), progress, what, where)
 
     def fetch(self, key: str, where: str) -> bytes:
@@ -228,12 +204,6 @@ async def _let_go(filesystem: Any) -> None:
 
 
 def _filesystem(options: S3Options, loop: asyncio.AbstractEventLoop) -> Any:
-    kept = {
-        "ServerSideEncryption": options.sse,
-        "SSEKMSKeyId": options.sse_kms_key,
-        "StorageClass": options.storage_class,
-        "RequestPayer": "requester" if options.requester_pays else "",
-    }
     filesystem = s3fs.S3FileSystem(
         anon=options.anon,
         endpoint_url=options.endpoint or None,
@@ -242,12 +212,12 @@ def _filesystem(options: S3Options, loop: asyncio.AbstractEventLoop) -> Any:
             "connect_timeout": options.connect_timeout_s,
             "read_timeout": options.timeout_s,
             "retries": _ONE_TRY,
-            "s3": {"addressing_style": options.addressing},
+            "s3": {"addressing_style": options.addressing, "payload_signing_enabled": False},  # see `puts`
             "max_pool_connections": _CONNECTIONS,
             "request_checksum_calculation": "when_required",  # we send our own
             "response_checksum_validation": "when_required",
         },
-        s3_additional_kwargs={name: value for name, value in kept.items() if value},
+        s3_additional_kwargs=options.sent_along(),
         use_listings_cache=False,
         skip_instance_cache=True,  # a closed one must not come back
         loop=loop,

@@ -88,11 +88,19 @@ def explain(error: BaseException, what: str, where: str) -> CkptdError:
         return RefusedError(f"{said}: {type(error).__name__}", hint="see the options of the store and ~/.aws/config")
     if isinstance(error, boto.FlexibleChecksumError):
         return StoreError(f"{said}: the bytes have changed on their way")
-    if isinstance(error, _TIMEOUTS):
+    if isinstance(error, _TIMEOUTS) or _stood_still(error):
         return StoreError(f"{said}: the server does not answer in time", hint="is it up, and the network?")
     if isinstance(error, boto.EndpointConnectionError):
         return StoreError(f"{said}: the server can't be reached", hint="is it up, and the endpoint right?")
     return StoreError(f"{said}: the connection failed ({type(error).__name__})")
+
+
+def _stood_still(error: BaseException) -> bool:
+    """Whether a request ran out of time while it was sent, which botocore calls a closed connection."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, TimeoutError):
+        found = found.__cause__ or found.__context__
+    return found is not None
 
 
 def _answer_of(error: BaseException) -> boto.ClientError | None:

@@ -76,10 +76,7 @@ class S3Options:
     parts_in_flight: int = 4
     connect_timeout_s: float = 5.0
     timeout_s: float = 30.0
-    """How long a request may stand still, in either direction, before it is given up.
-
-    obstore can't see that of a request that sends: it may take so long in all, see `storage_obstore.gears`.
-    """
+    """How long a request may stand still, in either direction, before it is given up."""
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> S3Options:
@@ -98,6 +95,16 @@ class S3Options:
         if options.anon and options.profile:
             raise ConfigError("anon and profile can't both be meant", hint="leave one of them out")
         return options
+
+    def sent_along(self) -> dict[str, str]:
+        """Return what goes with each request that knows it, in the words of S3."""
+        words = {
+            "ServerSideEncryption": self.sse,
+            "SSEKMSKeyId": self.sse_kms_key,
+            "StorageClass": self.storage_class,
+            "RequestPayer": "requester" if self.requester_pays else "",
+        }
+        return {name: value for name, value in words.items() if value}
 
 
 def _unknown(name: str) -> ConfigError:

@@ -1,7 +1,8 @@
 """The S3 tier: objects in a bucket, below a prefix.
 
 Every put carries a checksum that the server compares, and create-only puts are decided by the server
-(``If-None-Match``). Large objects go as multipart uploads that outlive whoever sends them. Nothing is retried here.
+(``If-None-Match``). Large objects go as multipart uploads that outlive whoever sends them. Nothing but a part of those
+is sent again here.
 """
 
 from __future__ import annotations
@@ -12,23 +13,19 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 
-from ckptd.errors import DamagedError, FencedError, FullError, NotFoundError, RefusedError, StoreError
+from ckptd.errors import DamagedError, FencedError, FullError, NotFoundError, RefusedError
 from ckptd.storage import flight
-from ckptd.storage.stream import Stream, piece, stream_of
+from ckptd.storage.stream import stream_of
 from ckptd.storage.tier import Capabilities, Cost, Data, Entry, FailureGroup, Pace
-from ckptd_plugins.storage_s3.client import Answer, Client
-from ckptd_plugins.storage_s3.failures import ConflictError, UploadGoneError
+from ckptd_plugins.storage_s3.client import Client
 from ckptd_plugins.storage_s3.options import Place, S3Options
-from ckptd_plugins.storage_s3.parts import sha256_of
-from ckptd_plugins.storage_s3.upload import Uploads
+from ckptd_plugins.storage_s3.puts import Puts
+from ckptd_plugins.storage_s3.upload import Answer
 
 _RANGE_BYTES = 8 * 2**20
 """How much of a large object one request reads."""
 _PROBE = ".ckptd-probe-"
-_MARK = "ckptd-put"
-"""The metadata by which a create-only put knows its own object."""
 
 
 class S3Tier:
@@ -52,7 +49,7 @@ class S3Tier:
         self._place = place
         self._options = options
         self._client = Client(place, options)
-        self._uploads = Uploads(self._client, place, options)
+        self._puts = Puts(self._client, place, options)
         weakref.finalize(self, self._client.close)  # at the end of the process at the latest
 
     def __repr__(self) -> str:
@@ -65,53 +62,7 @@ class S3Tier:
 
     def put(self, key: str, data: Data, *, create_only: bool = False, pace: Pace | None = None) -> None:
         """Send an object: in one request, or in parts when it is larger than one."""
-        stream = stream_of(data)
-        try:
-            if stream.size_bytes <= self._options.part_bytes:
-                self._put_small(key, stream, pace, create_only=create_only)
-            else:
-                self._put_large(key, stream, pace, create_only=create_only)
-        except ConflictError as error:
-            if create_only and self._exists(key):
-                raise FencedError(f"{self._place.show(key)} exists already") from error
-            raise
-
-    def _put_small(self, key: str, data: Stream, pace: Pace | None, *, create_only: bool) -> None:
-        whole = piece(data, 0, data.size_bytes) if data.size_bytes else memoryview(b"")
-        if pace is not None:
-            pace(len(whole))
-        checksum = sha256_of(whole)
-        mark = os.urandom(16).hex()
-        unless_there = {"IfNoneMatch": "*", "Metadata": {_MARK: mark}} if create_only else {}
-        try:
-            answer = self._call("put_object", "put", key, Body=whole, ChecksumSHA256=checksum, **unless_there)
-        except FencedError:
-            # The client sends a request again whose connection broke: the one in the way may be ours.
-            if self._mark(key) != mark:
-                raise
-            return
-        if answer.get("ChecksumSHA256", checksum) != checksum:
-            raise StoreError(f"can't put {self._place.show(key)}: the server has other bytes than were sent")
-
-    def _put_large(self, key: str, data: Stream, pace: Pace | None, *, create_only: bool) -> None:
-        if create_only and self._exists(key):  # the server decides when all is sent, but then all is sent
-            raise FencedError(f"{self._place.show(key)} exists already")
-        try:
-            self._uploads.put(key, data, pace, create_only=create_only)
-        except FencedError:
-            self._drop_uploads(key)
-            raise
-        except UploadGoneError as error:
-            if create_only and self._exists(key):
-                raise FencedError(f"{self._place.show(key)} exists already") from error
-            raise
-
-    def _drop_uploads(self, key: str) -> None:
-        """Abort what was sent for a key that somebody else has created: no put will continue it."""
-        with contextlib.suppress(StoreError):
-            for upload in self._uploads.open_uploads(key):
-                if upload.key == self._place.prefix + key and not self._uploads.is_ours(upload):
-                    self._uploads.abort(upload)
+        self._puts.put(key, stream_of(data), pace, create_only=create_only)
 
     def get(self, key: str) -> bytes:
         """Return an object whole, compared with the checksum that it was put with."""
@@ -185,16 +136,10 @@ class S3Tier:
 
     def sweep(self, prefix: str, older_than_s: float) -> Sequence[str]:
         """Abort uploads that nobody has continued for so long, and remove probes."""
-        before = datetime.fromtimestamp(time.time() - older_than_s, UTC)
-        removed = []
-        for upload in list(self._uploads.open_uploads(prefix)):
-            if upload.begun_at > before or self._uploads.is_ours(upload) or self._uploads.touched_at(upload) > before:
-                continue
-            self._uploads.abort(upload)
-            begun = f"{upload.begun_at.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
-            removed.append(f"open upload of s3://{self._place.bucket}/{upload.key}, begun at {begun}")
+        removed = self._puts.sweep(prefix, older_than_s)
+        before_s = time.time() - older_than_s
         for probe in list(self._list(_PROBE)):
-            if probe.modified_at < before.timestamp():
+            if probe.modified_at < before_s:
                 self.delete(probe.key)
                 removed.append(f"probe {self._place.show(probe.key)}")
         return removed
@@ -205,9 +150,9 @@ class S3Tier:
         Servers that take ``If-None-Match`` and overwrite all the same exist.
         """
         key = f"{_PROBE}{os.urandom(8).hex()}"
-        self._put_small(key, stream_of(b"ckptd"), None, create_only=True)
+        self.put(key, b"ckptd", create_only=True)
         try:
-            self._put_small(key, stream_of(b"again"), None, create_only=True)
+            self.put(key, b"again", create_only=True)
         except FencedError:
             return
         finally:
@@ -224,20 +169,8 @@ class S3Tier:
 
     def close(self) -> None:
         """Close the connections and end the thread behind them."""
+        self._puts.close()
         self._client.close()
-
-    def _exists(self, key: str) -> bool:
-        try:
-            self._head(key)
-        except NotFoundError:
-            return False
-        return True
-
-    def _mark(self, key: str) -> str | None:
-        with contextlib.suppress(NotFoundError, RefusedError):
-            found: str | None = self._call("head_object", "read", key).get("Metadata", {}).get(_MARK)
-            return found
-        return None
 
     def _head(self, key: str) -> tuple[int, str]:
         answer = self._call("head_object", "read", key)

@@ -6,19 +6,30 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
+from typing import Any, Protocol
 
 from ckptd.errors import NotFoundError, RefusedError, StoreError, invariant
 from ckptd.storage import flight
+from ckptd.storage.direct import AlignedBuffer
 from ckptd.storage.stream import Buffers, Stream
 from ckptd.storage.tier import Pace
+from ckptd.storage.wrappers import Retrier, RetryPolicy
 from ckptd_plugins.storage_s3 import parts
-from ckptd_plugins.storage_s3.client import Answer, Client
 from ckptd_plugins.storage_s3.failures import UploadGoneError
 from ckptd_plugins.storage_s3.options import Place, S3Options
 from ckptd_plugins.storage_s3.parts import Part
 
+Answer = dict[str, Any]
 _CANDIDATES = 4
+
+
+class Requests(Protocol):
+    """A client of one bucket, of whatever library."""
+
+    def call(self, method: str, what: str, where: str, **arguments: Any) -> Answer:
+        """Make one request, named as in botocore; raises a `CkptdError` that says what failed where."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +56,19 @@ class Taken:
 class Uploads:
     """The multipart uploads of one tier."""
 
-    def __init__(self, client: Client, place: Place, options: S3Options) -> None:
+    def __init__(self, client: Requests, place: Place, options: S3Options) -> None:
         self._client = client
         self._place = place
         self._options = options
+        self._retrier = Retrier(RetryPolicy(first_delay_s=0.4, max_delay_s=5.0, deadline_s=options.timeout_s))
         self._lock = threading.Lock()
         self._ours: set[str] = set()
 
     def put(self, key: str, data: Stream, pace: Pace | None, *, create_only: bool) -> None:
         """Send an object in parts and complete it.
+
+        A part that fails in passing is sent again by itself, since a put that begins anew reads and compares all that
+        is there. One that ran out of time is not: a server that hangs would be waited for twice.
 
         What is sent stays on the server whatever fails: the next put of the key, by anybody, continues with it, and
         `sweep` removes what nobody has continued. Two that continue the same upload at once can't mix their bytes,
@@ -72,7 +87,7 @@ class Uploads:
 
     def _send(self, taken: Taken, name: str, where: str, data: Stream, pace: Pace | None, *, create_only: bool) -> None:
         try:
-            upload = _Upload(self._client, name, taken.id, where, data, taken.part_bytes, taken.there, pace)
+            upload = _Upload(self._client, self._retrier, name, where, data, taken, pace)
             sent = upload.send(self._options.parts_in_flight)
             self._complete(taken.id, name, where, sent, create_only=create_only)
         finally:
@@ -112,14 +127,36 @@ class Uploads:
             if not answer.get("IsTruncated") or not marker:
                 return
 
-    def touched_at(self, upload: OpenUpload) -> datetime:
+    def _touched_at(self, upload: OpenUpload) -> datetime:
         """Return when an upload was last continued: it is as old as its newest part."""
         with contextlib.suppress(UploadGoneError, NotFoundError):
             times = [at for _, at in self._parts_of(upload.key, upload.id)]
             return max(upload.begun_at, *times) if times else upload.begun_at
         return upload.begun_at
 
-    def is_ours(self, upload: OpenUpload) -> bool:
+    def drop(self, key: str) -> None:
+        """Abort what was sent for a key that somebody else has created: no put will continue it."""
+        with contextlib.suppress(StoreError):
+            for upload in self.open_uploads(key):
+                if upload.key == self._place.prefix + key and not self._is_ours(upload):
+                    self.abort(upload)
+
+    def sweep(self, prefix: str, before: datetime) -> list[str]:
+        """Abort the uploads below a prefix that nobody has continued since; return what was removed, for people."""
+        removed = []
+        for upload in list(self.open_uploads(prefix)):
+            if upload.begun_at > before or self._is_ours(upload) or self._touched_at(upload) > before:
+                continue
+            self.abort(upload)
+            begun = f"{upload.begun_at.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
+            removed.append(f"open upload of s3://{self._place.bucket}/{upload.key}, begun at {begun}")
+        return removed
+
+    def close(self) -> None:
+        """Send no part again: who waits for that gets the error."""
+        self._retrier.close()
+
+    def _is_ours(self, upload: OpenUpload) -> bool:
         """Whether a put of this very tier is at it."""
         with self._lock:
             return upload.id in self._ours
@@ -176,31 +213,31 @@ class Uploads:
 class _Upload:
     """One object on its way."""
 
-    client: Client
+    client: Requests
+    retrier: Retrier
     name: str
-    upload_id: str
     where: str
     data: Stream
-    part_bytes: int
-    there: dict[int, Part]
+    taken: Taken
     pace: Pace | None
 
     def send(self, threads: int) -> list[Part]:
         """Send what the server does not have yet; return all parts, in order."""
-        count = parts.count_of(self.data.size_bytes, self.part_bytes)
+        part_bytes = self.taken.part_bytes
+        count = parts.count_of(self.data.size_bytes, part_bytes)
         sent: dict[int, Part] = {}
 
         def prepare() -> Callable[[int], None]:
-            room: memoryview | None = None
+            room: AlignedBuffer | None = None
 
             def serve(number: int) -> None:
                 nonlocal room
-                begin, end = parts.range_of(number, self.data.size_bytes, self.part_bytes)
+                begin, end = parts.range_of(number, self.data.size_bytes, part_bytes)
                 data = self.data.view(begin, end) if isinstance(self.data, Buffers) else None
                 if data is None:
                     if room is None:
-                        room = memoryview(bytearray(self.part_bytes))
-                    data = room[: end - begin]
+                        room = AlignedBuffer(part_bytes)
+                    data = room.view[: end - begin]
                     self.data.read_into(begin, data)
                 sent[number] = self._send(number, data)
 
@@ -212,17 +249,21 @@ class _Upload:
 
     def _send(self, number: int, data: memoryview) -> Part:
         checksum = parts.sha256_of(data)
-        known = self.there.get(number)
+        known = self.taken.there.get(number)
         if known is not None and parts.is_same(known, data, checksum):
             return Part(number, len(data), known.etag, checksum)
+        answer = self.retrier.call(f"part {number}", lambda: self._upload(number, data, checksum))
+        return Part(number, len(data), answer["ETag"], checksum)
+
+    def _upload(self, number: int, data: memoryview, checksum: str) -> Answer:
         if self.pace is not None:
             self.pace(len(data))
         answer = self.client.call(
             "upload_part", f"put part {number} of", self.where,
-            Key=self.name, UploadId=self.upload_id, PartNumber=number, Body=data, ChecksumSHA256=checksum,
+            Key=self.name, UploadId=self.taken.id, PartNumber=number, Body=data, ChecksumSHA256=checksum,
         )  # fmt: skip
         _compare(answer, checksum, self.where)
-        return Part(number, len(data), answer["ETag"], checksum)
+        return answer
 
 
 def _compare(answer: Answer, checksum: str, where: str) -> None:

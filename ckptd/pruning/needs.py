@@ -65,7 +65,11 @@ class Needs:
             return max(self._generation, *self._claiming, 0)
 
     def refuse_newer(self) -> None:
-        """Raise `FencedError` when somebody else has claimed the generation after ours: then nothing is committed."""
+        """Raise `FencedError` when somebody else has claimed the generation after ours: then nothing is committed.
+
+        Numbers are claimed one after another, so one is looked for. Its record is gone only when all checkpoints of
+        that generation and ours are; whoever comes that late commits what no lineage leads to.
+        """
         newer = self._generation + 1
         if holds(self._tier, keys.generation_key(self._job, newer)) and newer > self.newest():
             raise self.fenced(newer, "nothing is committed")
@@ -92,7 +96,7 @@ class Needs:
 
     def learn(self, checkpoint: CheckpointId) -> None:
         """Read what a checkpoint needs, unless it is known; one that is not there needs nothing."""
-        if checkpoint not in self.known:
+        if not self.knows(checkpoint):
             with contextlib.suppress(NotFoundError):
                 self.load(checkpoint)
 
@@ -101,6 +105,11 @@ class Needs:
         with self.lock:
             for checkpoint in checkpoints:
                 self._files.pop(checkpoint, None)
+
+    def knows(self, checkpoint: CheckpointId) -> bool:
+        """Whether the needs of a checkpoint are known."""
+        with self.lock:
+            return checkpoint in self._files
 
     @property
     def known(self) -> frozenset[CheckpointId]:

@@ -192,7 +192,7 @@ class Pruning:
 
     def _learn_marked(self, marker: Marker) -> None:
         """Read what a checkpoint needs that was removed."""
-        if marker.checkpoint not in self._needs.known:
+        if not self._needs.knows(marker.checkpoint):
             key = keys.marker_key(self._job, marker.checkpoint, marker.deleted_at)
             where = f"{self._tier.url}/{key}"
             loaded = catalog.parse_manifest(self._tier.get(key), where, self._job, marker.checkpoint)

@@ -8,6 +8,7 @@ passed over for the next; what it had is missing then, which is damage, and a fu
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -187,9 +188,15 @@ class DisksTier:
         return [said for swept in self._on_all(lambda disk: disk.sweep(prefix, older_than_s)) for said in swept]
 
     def check_writable(self) -> None:
-        """See that the disks are those of this store, or make them one, and that each can be written."""
+        """See that the disks are those of this store, or make them one, and that each can be written.
+
+        All but the first may be full: they are passed over then.
+        """
         self._marks = disk_set.make_set(self._disks)
-        self._on_all(lambda disk: disk.check_writable())
+        self._disks[0].check_writable()
+        for disk in self._disks[1:]:
+            with contextlib.suppress(FullError):
+                disk.check_writable()
 
     def hold(self, job: str, deadline_s: float) -> None:
         """Lock a hidden file of the job on the first disk."""
@@ -229,7 +236,8 @@ class _Watched:
 
 
 def _all_failed(errors: Sequence[StoreError]) -> StoreError:
-    """Return the one error of a put that every disk failed."""
+    """Return the one error of a put that every disk failed; when one is full, room helps whatever the others have."""
     kinds = {type(error) for error in errors}
-    kind = kinds.pop() if len(kinds) == 1 else StoreError
-    return kind("; ".join(item.message for item in errors), hint=errors[-1].hint)
+    kind = FullError if FullError in kinds else kinds.pop() if len(kinds) == 1 else StoreError
+    hint = next((item.hint for item in errors if isinstance(item, kind)), None)
+    return kind("; ".join(item.message for item in errors), hint=hint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -82,7 +82,7 @@ class _Errand:
     def versions(self) -> tuple[list[_Version], bytes | None]:
         """Return every manifest that can be used, and the target's own bytes: None if it has none, b"" if unreadable.
 
-        When there is none, raises what went wrong, and `NotFoundError` if nothing did.
+        When there is none, raises what went wrong, and `NotFoundError` if nothing did: it has gone from everywhere.
         """
         key = keys.manifest_key(self.job, self.checkpoint)
         holders: dict[bytes, list[str]] = {}
@@ -91,8 +91,8 @@ class _Errand:
         try:
             own = self.target.get(key)
             holders[own] = [self.target.name]
-        except NotFoundError as error:
-            errors.append(error)
+        except NotFoundError:
+            pass
         except CkptdError as error:
             own = b""
             errors.append(error)
@@ -100,8 +100,8 @@ class _Errand:
             try:
                 document = within(self.stall_s, f"{source.url}/{key}", partial(source.get, key))
                 holders.setdefault(document, []).append(source.name)
-            except NotFoundError as error:
-                errors.append(error)
+            except NotFoundError:
+                continue
             except CkptdError as error:
                 self._note_failure(place, keys.MANIFEST, error)
                 errors.append(error)
@@ -115,8 +115,15 @@ class _Errand:
             else:
                 versions.append(_Version(document, loaded, tuple(names)))
         if not versions:
-            raise next((error for error in errors if not isinstance(error, NotFoundError)), errors[0])
+            raise errors[0] if errors else self._gone()
         return versions, own
+
+    def _gone(self) -> NotFoundError:
+        names = ", ".join(dict.fromkeys(tier.name for tier in (self.target, *self.sources)))
+        return NotFoundError(
+            f"{self.checkpoint} of job {self.job} is on none of {names}: it was pruned, or never there",
+            hint="does another agent run the job? `ckptctl ls` lists what there is now",
+        )
 
     def damage(self, checks: FileChecks) -> list[str]:
         """Return what is wrong with the target's own copy; that it is missing or can't be read is damage too."""
@@ -203,7 +210,6 @@ def fetch(
     job: str,
     checkpoint: CheckpointId,
     *,
-    trust: Collection[str] = (),
     threads: int = FILES_AT_ONCE,
     stall_s: float | None = STALL_S,
     pace: Pace | None = None,
@@ -212,9 +218,8 @@ def fetch(
 ) -> Fetched:
     """Have a checkpoint on the target, every byte of it checked; return where each of its files came from.
 
-    A file that is there and intact stays. It is read to know that, unless `trust` names it (as seen from the job's
-    folder): then its size is enough. What is missing or damaged comes from the cheapest source that has a good copy;
-    one that does not answer for `stall_s` is none. Its manifest is put last.
+    A file that is there and intact stays, which is read to know that. What is missing or damaged comes from the
+    cheapest source that has a good copy; one that does not answer for `stall_s` is none. Its manifest is put last.
 
     Raises `NotFoundError` when no tier has the checkpoint, `DamagedError` when a part of it is good nowhere, and a
     `StoreError` when a good copy may be where nothing can be read now. Nothing is committed on the target then.
@@ -226,7 +231,7 @@ def fetch(
 
     def fits(version: _Version) -> bool:
         try:
-            fetched[version.document] = _bring(errand, version.loaded, trust)
+            fetched[version.document] = _bring(errand, version.loaded)
         except (DamagedError, StoreError) as error:
             errors.append(error)
             return False
@@ -243,13 +248,12 @@ def _cheapest_first(sources: Sequence[Tier]) -> Sequence[Tier]:
     return sorted(sources, key=lambda tier: tier.capabilities.cost)
 
 
-def _bring(errand: _Errand, loaded: Manifest, trust: Collection[str]) -> Fetched:
+def _bring(errand: _Errand, loaded: Manifest) -> Fetched:
     origins: dict[str, str] = {}
     copied: list[int] = []
 
     def bring(checks: FileChecks) -> None:
-        is_trusted = checks.file in trust and _has_the_size(errand.target, f"{errand.job}/{checks.file}", checks)
-        found = [] if is_trusted else errand.damage(checks)
+        found = errand.damage(checks)
         if not found:
             origins[checks.file] = errand.target.name
             return
@@ -266,13 +270,6 @@ def _bring(errand: _Errand, loaded: Manifest, trust: Collection[str]) -> Fetched
 
     flight.run(checks_of(loaded, headers=True).values(), lambda: bring, errand.threads)
     return Fetched(origins, sum(copied))
-
-
-def _has_the_size(tier: Tier, key: str, checks: FileChecks) -> bool:
-    try:
-        return not checks.faults and checks.size_problem(tier.size_bytes(key)) is None
-    except CkptdError:
-        return False
 
 
 def repair(

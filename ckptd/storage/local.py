@@ -195,9 +195,7 @@ class LocalTier:
         folder, before_s = self.root / prefix.rpartition("/")[0], time.time() - older_than_s
         removed = []
         try:
-            for path in (*folder.rglob(f"{_TEMPORARY}*"), *self.root.glob(f"{_TEMPORARY}*{_PROBE}")):
-                if _SPARES in (path.parent.name, path.name):
-                    continue
+            for path in (*_temporary_files(folder), *self.root.glob(f"{_TEMPORARY}*{_PROBE}")):
                 with contextlib.suppress(FileNotFoundError):
                     if path.stat().st_mtime < before_s:
                         path.unlink()
@@ -243,6 +241,16 @@ def _drop(temporary: Path) -> None:
     """Remove a temporary file; where that fails, a sweep does it later: what became of the put is said already."""
     with contextlib.suppress(OSError):
         temporary.unlink()
+
+
+def _temporary_files(folder: Path) -> list[Path]:
+    """Find them in all folders below; one that is removed meanwhile has none."""
+    return [
+        Path(place, name)
+        for place, _, names in os.walk(folder)
+        for name in names
+        if name.startswith(_TEMPORARY) and Path(place).name != _SPARES
+    ]
 
 
 def _remove_old_folders(folder: Path, before_s: float) -> list[Path]:

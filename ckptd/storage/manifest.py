@@ -299,7 +299,7 @@ def _read(document: Mapping[str, Any]) -> Manifest:
     shards = tuple(
         Shard(
             int(shard["rank"]),
-            prefix + str(shard["file"]),
+            _checked_file(prefix + str(shard["file"])),
             int(shard["size_bytes"]),
             None if shard["digest"] is None else str(shard["digest"]),
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ckptd.errors import FencedError, NotFoundError
+from ckptd.errors import DamagedError, FencedError, NotFoundError
 from ckptd.storage import catalog, keys
 from ckptd.storage.copying import commit
 from ckptd.storage.tier import Tier
@@ -19,15 +19,19 @@ from ckptd.types import CheckpointId, Marker
 def uncommit(tier: Tier, job: str, checkpoint: CheckpointId, deleted_at: float | None = None) -> bool:
     """Remove a checkpoint; with `deleted_at`, the time of the wall clock, leave a marker of it.
 
-    Returns whether there is a marker now; a checkpoint that is not there leaves none.
+    Returns whether there is a marker now. A checkpoint that is not there leaves none, nor does one whose manifest
+    can't be read: nobody could bring it back, and a marker that may name any file would keep all else from going.
     """
     key = keys.manifest_key(job, checkpoint)
     if deleted_at is not None:
         try:
-            document = tier.get(key)
+            document, _ = catalog.read_manifest(tier, job, checkpoint)
         except NotFoundError:
             return False
-        tier.put(keys.marker_key(job, checkpoint, deleted_at), document)
+        except DamagedError:
+            deleted_at = None
+        else:
+            tier.put(keys.marker_key(job, checkpoint, deleted_at), document)
     tier.delete(key)
     return deleted_at is not None
 

@@ -365,7 +365,7 @@ def _abandon(file: Any) -> None:
 
 
 def _modified_at(info: Mapping[str, Any]) -> float:
-    """Return when an object was put, in whichever of its ways a filesystem says so; 0 when it does not."""
+    """Return when an object was put; now where a filesystem does not say: nothing goes for an age that is unknown."""
     for name in ("mtime", "modified", "LastModified", "last_modified", "updated", "created"):
         value = info.get(name)
         if isinstance(value, str):
@@ -375,7 +375,7 @@ def _modified_at(info: Mapping[str, Any]) -> float:
             return value.timestamp()
         if isinstance(value, int | float):
             return float(value)
-    return 0.0
+    return time.time()
 
 
 def open_fsspec(url: str, options: Mapping[str, Any] | None = None) -> FsspecTier:

@@ -7,6 +7,7 @@ import functools
 import http.server
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,6 +218,22 @@ def test_a_folder_that_can_not_be_listed_is_no_empty_one(tmp_path: Path, monkeyp
     monkeypatch.setattr(LocalFileSystem, "ls", failing)
     with pytest.raises(StoreError, match="Input/output error"):
         list(tier.list("job/"))
+
+
+def test_what_has_no_time_is_young(memory_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a filesystem does not say how old an object is, nothing counts as old: it may be on its way just now."""
+    tier = FsspecTier(memory_url)
+    for key in ("job/a", "job/.tmp-b"):
+        tier.put(key, b"x")
+    listing = MemoryFileSystem.ls
+
+    def timeless(self: MemoryFileSystem, path: str, **options: Any) -> Any:
+        return [{name: info[name] for name in ("name", "type", "size")} for info in listing(self, path, **options)]
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", timeless)
+    (entry,) = tier.list("job/")
+    assert time.time() - 60 < entry.modified_at <= time.time()
+    assert tier.sweep("job/", 60.0) == []
 
 
 def test_declares_what_it_is_trusted_with(memory_url: str, tmp_path: Path) -> None:

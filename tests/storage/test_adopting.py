@@ -42,12 +42,6 @@ def source() -> ReadOnly:
     return bucket
 
 
-@pytest.fixture
-def target(tmp_path: Path) -> LocalTier:
-    """An empty local tier."""
-    return LocalTier(tmp_path / "target")
-
-
 def document(tier: Tier, job: str, checkpoint: CheckpointId) -> dict[str, Any]:
     """A manifest as JSON."""
     return json.loads(tier.get(keys.manifest_key(job, checkpoint)))

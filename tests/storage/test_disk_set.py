@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.errors import NotFoundError, RefusedError
+from ckptd.errors import ConfigError, NotFoundError, RefusedError
 from ckptd.storage.disk_set import MARK, Mark, judge, refuse_alone
 from ckptd.storage.disks import DisksTier
 from ckptd.storage.local import LocalTier
 from ckptd.testing.working import at_once, pattern, raise_first
+from ckptd_plugins.storage_local import open_local
 from tests.storage.test_disks import holders, shard
 
 _FOLDERS = ("/a", "/b", "/c")
@@ -42,12 +43,6 @@ def test_what_does_not_fit(at: int, wrong: str) -> None:
     assert MARK in str(caught.value.hint) or "belongs to one store" in str(caught.value.hint)
     if wrong != "foreign":
         assert caught.value.message.startswith(f"{_FOLDERS[at]} is not disk {at + 1} of 3 of this store: it ")
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> list[Path]:
-    """Where three disks are mounted that hold nothing yet."""
-    return [tmp_path / f"nvme{number}" for number in range(3)]
 
 
 @pytest.fixture
@@ -101,6 +96,15 @@ def test_a_replaced_disk(tier: DisksTier, folders: list[Path]) -> None:
         other.get(shard(lost))
     other.put(shard(lost), pattern(100, seed=lost))
     assert [other.get(shard(rank)) for rank in range(3)] == [pattern(100, seed=rank) for rank in range(3)]
+
+
+def test_a_link_to_another_disk(tmp_path: Path) -> None:
+    """One folder under two names is no second disk, and stays a store of its own."""
+    LocalTier(tmp_path / "a").check_writable()
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(ConfigError, match="b is the same folder as "):
+        open_local(f"{tmp_path}/a,{tmp_path}/b", {})
+    open_local(f"{tmp_path}/a", {}).check_writable()
 
 
 def test_disks_in_another_order(tier: DisksTier, folders: list[Path]) -> None:

@@ -49,12 +49,6 @@ def objects(tier: Tier) -> list[Path]:
 
 
 @pytest.fixture
-def folders(tmp_path: Path) -> list[Path]:
-    """Where three disks are mounted that hold nothing yet."""
-    return [tmp_path / f"nvme{number}" for number in range(3)]
-
-
-@pytest.fixture
 def tier(folders: list[Path]) -> DisksTier:
     """Three disks."""
     return DisksTier(folders)
@@ -305,6 +299,29 @@ def test_the_room_of_spares_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for rank in range(2):
         tier.put(shard(rank, 3), pattern(4 * MIB, seed=rank))
     assert sorted(at for rank in range(2) for at in holders(tier, shard(rank, 3))) == [0, 1]
+
+
+def test_a_full_disk_beside_one_that_refuses_is_full(small_disks: list[Path]) -> None:
+    """Where room would help, the error says so, so that some is made: whatever else is wrong with the other disks."""
+    tier = DisksTier(small_disks)
+    tier.check_writable()
+    LocalTier(small_disks[0]).put("other", pattern(6 * MIB, seed=2))
+    for folder in small_disks[1:]:
+        (folder / "job").write_bytes(b"a file where a folder is needed")
+    with pytest.raises(FullError) as caught:
+        tier.put(shard(0), pattern(5 * MIB, seed=1))
+    assert all(str(folder) in caught.value.message for folder in small_disks)
+    assert "free some space" in str(caught.value.hint)
+
+
+def test_a_start_beside_a_full_disk(small_disks: list[Path]) -> None:
+    """A job begins while a disk is full, since shards pass it over; not while the first is, where commits go."""
+    for at in (2, 1, 0):
+        DisksTier(small_disks).check_writable()
+        with pytest.raises(OSError, match="No space left"):
+            (small_disks[at] / "other").write_bytes(bytes(65 * MIB))
+    with pytest.raises(FullError, match="nvme0"):
+        DisksTier(small_disks).check_writable()
 
 
 def test_a_repair_moves_to_a_disk_with_room(small_disks: list[Path]) -> None:

@@ -31,13 +31,6 @@ from tests.storage.checkpoints import (
     needed,
 )
 
-
-@pytest.fixture
-def target(tmp_path: Path) -> LocalTier:
-    """An empty local tier."""
-    return LocalTier(tmp_path / "target")
-
-
 # --- manifests that differ --------------------------------------------------------------------------------------
 
 

@@ -67,6 +67,20 @@ def test_other_jobs_are_left_alone(tier: LocalTier) -> None:
     assert all(path.exists() for path in left)
 
 
+def test_a_folder_that_goes_meanwhile(tier: LocalTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that somebody else's delete removes while it is looked into keeps nothing else from being swept."""
+    left, gone = _left(tier, "job/g1/.tmp-1-object"), _left(tier, "job/g2/")
+    scandir = os.scandir
+
+    def racing(path: object) -> object:
+        if str(path) == str(gone) and gone.exists():
+            gone.rmdir()
+        return scandir(path)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "scandir", racing)
+    assert tier.sweep("job/", _HOUR_S) == [f"temporary file {left}"]
+
+
 def test_its_own_spares_stay(tmp_path: Path) -> None:
     """A tier's own spares are to be written over: however old they are, its sweep leaves them."""
     skip_without_spares(tmp_path)

@@ -236,6 +236,12 @@ def _changed(**fields: Any) -> dict[str, Any]:
     return {**document(), **fields}
 
 
+def _named(file: str) -> list[dict[str, Any]]:
+    """The shards, of which the second one's file has another name."""
+    first, second = document()["shards"]
+    return [first, second | {"file": file}]
+
+
 @pytest.mark.parametrize(
     ("spoiled", "says"),
     [
@@ -251,6 +257,8 @@ def _changed(**fields: Any) -> dict[str, Any]:
         (_changed(shards=[]), ""),
         (_changed(shards={}), ""),
         (_changed(shards=[{"rank": 0}, {"rank": 1}]), "'file'"),
+        (_changed(shards=_named("../../../g000001/s000000000001/rank-00001.safetensors")), "the file"),
+        (_changed(shards=_named("/etc/passwd")), "the file"),
         (_changed(tensors=[]), ""),
         (_changed(tensors={"weight": {"chunks": []}}), "lacks 'placement'"),
         (_changed(tensors={"w": document()["tensors"]["weight"] | {"chunks": []}}), "no chunks"),
@@ -266,10 +274,10 @@ def _changed(**fields: Any) -> dict[str, Any]:
         (_changed(values=[1]), ""),
         (_changed(values={"loss": "low"}), ""),
     ],
-    ids=range(26),
+    ids=range(28),
 )
 def test_a_manifest_that_lies_is_damaged(spoiled: dict[str, Any], says: str) -> None:
-    """A wrong format, an incomplete list of ranks or a field of another type is a `DamagedError` with its place."""
+    """What is of another format or type, incomplete or names files elsewhere is a `DamagedError` with its place."""
     with pytest.raises(DamagedError, match="the manifest here") as caught:
         manifest.parse(json.dumps(spoiled).encode(), "here")
     assert says in caught.value.message

@@ -123,6 +123,20 @@ def test_a_removal_that_was_killed_leaves_a_checkpoint(pool: ThreadPoolExecutor)
     assert {marker.checkpoint for marker in catalog.listing(tier, "job").markers} == {CheckpointId(1, 1)}
 
 
+def test_what_can_not_be_read_is_removed_for_good(pool: ThreadPoolExecutor) -> None:
+    """A checkpoint with a damaged manifest leaves no marker: it would stop all further prunes."""
+    tier = MemoryTier()
+    history(JobStore(tier, "job", pool))
+    key = keys.manifest_key("job", CheckpointId(1, 2))
+    tier.put(key, tier.get(key)[:-30])
+    store = JobStore(tier, "job", pool, grace_s=HOUR_S)
+    assert prune(store, steps(2), steps(1, 3, 4)) is None
+    assert prune(store, steps(3), steps(1, 4)) is None
+    assert (committed(tier), waiting(tier)) == (tuple(steps(1, 4)), {CheckpointId(1, 3)})
+    assert {name.split("/")[1][-1] for name in shard_files(tier)} == {"1", "3", "4"}
+    check_all(tier)
+
+
 @pytest.mark.parametrize("grace_s", [0.0, HOUR_S])
 def test_a_removal_may_be_killed_at_any_change(pool: ThreadPoolExecutor, later: list[float], grace_s: float) -> None:
     """Wherever removals are killed, what is committed or can be undone is whole, and the next ones finish them."""
@@ -250,7 +264,7 @@ def test_records_and_temporary_files_are_collected(tmp_path: Path, pool: ThreadP
 
 
 def test_a_flush_after_somebody_else_has_claimed_is_fenced_off(pool: ThreadPoolExecutor) -> None:
-    """An agent that was replaced commits nothing more on the first tier either; its own claims don't stop it."""
+    """An agent that was replaced writes nothing more on the first tier either; its own claims don't stop it."""
     tier = MemoryTier()
     zombie, heir = JobStore(tier, "job", pool), JobStore(tier, "job", pool)
     assert zombie.claim(1, None)
@@ -258,12 +272,13 @@ def test_a_flush_after_somebody_else_has_claimed_is_fenced_off(pool: ThreadPoolE
     assert zombie.claim(2, CheckpointId(1, 1))
     flush(zombie, [{"trained": pattern(2)}], CheckpointId(1, 2))
     assert heir.claim(3, CheckpointId(1, 2))
+    before = [entry.key for entry in tier.list("")]
     with pytest.raises(FencedError, match="generation 3"):
         flush(zombie, [{"trained": pattern(3)}], CheckpointId(2, 3))
     assert not zombie.claim(3, CheckpointId(1, 2))
     with pytest.raises(FencedError, match="generation 3"):
         flush(zombie, [{"trained": pattern(3)}], CheckpointId(2, 3))
-    assert committed(tier) == (CheckpointId(1, 1), CheckpointId(1, 2))
+    assert [entry.key for entry in tier.list("")] == before, "written for nothing"
     flush(heir, [{"trained": pattern(4)}], CheckpointId(3, 3))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -119,6 +121,27 @@ def test_a_parent_that_can_not_be_read_is_not_referred_to(
     flush(JobStore(tier, "job", pool), [state], NOW, parent=None if damage == "no parent" else first)
     assert not referred(catalog.load_manifest(tier, "job", NOW))
     assert catalog.verify(tier, "job", NOW) == []
+
+
+@pytest.mark.parametrize("damage", ["wiped", "one file gone", "cut"])
+def test_what_somebody_has_removed_is_not_referred_to(tier: LocalTier, store: JobStore, damage: str) -> None:
+    """When files of the last checkpoint go while the job runs, the next one is whole without them."""
+    state = {"frozen": pattern(1, 9000)}
+    flush(store, [state, {"own": pattern(2)}], CheckpointId(1, 1))
+    flush(store, [state, {"own": pattern(3)}], CheckpointId(1, 2))
+    assert referred(catalog.load_manifest(tier, "job", CheckpointId(1, 2)))
+    first = tier.root / keys.shard_key("job", CheckpointId(1, 1), 0)
+    if damage == "wiped":
+        shutil.rmtree(tier.root / "job")
+    elif damage == "one file gone":
+        first.unlink()
+    else:
+        os.truncate(first, first.stat().st_size - 1)
+    for step in (3, 4):
+        flush(store, [state, {"own": pattern(step)}], CheckpointId(1, step))
+        loaded = catalog.load_manifest(tier, "job", CheckpointId(1, step))
+        assert bool(referred(loaded)) == (step == 4)
+        assert catalog.verify(tier, "job", CheckpointId(1, step)) == []
 
 
 def test_plain_files_on_request(tier: LocalTier, pool: ThreadPoolExecutor) -> None:

@@ -78,7 +78,7 @@ class DamagedError(CkptdError):
 
 
 class MemoryBudgetError(CkptdError):
-    """Raised when the slots of a job don't fit into the memory that may be used."""
+    """Raised when the slots of a job, or a file to import, don't fit into the memory that may be used."""
 
     code = "memory"
     exit_code = 6

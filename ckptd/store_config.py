@@ -44,9 +44,9 @@ class StoreConfig:
     upload_max_bytes_per_s: int = 0
     """What uploads may send in a second; 0: as much as gets through."""
     scrub_s: float | None = None
-    """So long after its commit, and after each time it was read, a copy is read again; 0: never.
+    """So long after its commit, and after each time it was read, a copy is read again.
 
-    None: after a day where reading costs nothing, never behind a network.
+    0: only when somebody has found it damaged. None: after a day where reading costs nothing, as 0 behind a network.
     """
     scrub_max_bytes_per_s: int = DEFAULT_SCRUB_BYTES_PER_S
     """What a scrub may read in a second, and what it mends may write; 0: as much as gets through."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from ckptd.config import AgentConfig, JobConfig
 from ckptd.core import lineage
-from ckptd.errors import AgentError, ConfigError, NotFoundError
+from ckptd.errors import AgentError, CkptdError, ConfigError, NotFoundError, StoreError
 from ckptd.journal import JobEntry, Journal
 from ckptd.plugin.manager import PluginManager
 from ckptd.protocol.channel import Channel, expect, open_channel
@@ -27,6 +27,8 @@ _CALL_DEADLINE_S = 10.0
 LONG_CALL_DEADLINE_S = 3600.0
 _MOST_DIGITS = 18
 _SHOWN_CHARACTERS = 40
+_LONG_S = 1.0
+"""A pause that people notice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,8 @@ def find_job(name: str, store: str | None, tier: str | None = None) -> list[JobP
 def _tell(event: str, fields: Mapping[str, Any]) -> None:
     """Say why a command takes so long."""
     del event  # there is one
-    print(f"ckptctl: {fields['error']}; trying again in {fields['in_s']:g} s", file=sys.stderr)
+    if fields["in_s"] >= _LONG_S:
+        print(f"ckptctl: {fields['error']}; trying again in {fields['in_s']:g} s", file=sys.stderr)
 
 
 def open_plugins() -> PluginManager:
@@ -98,38 +101,63 @@ Copy = tuple[JobPlace, CheckpointId]
 """A checkpoint on one of its tiers."""
 
 
-def checkpoints(places: Sequence[JobPlace]) -> list[Copy]:
-    """Return all committed checkpoints of a job, newest first; raises `NotFoundError` when the job is nowhere."""
-    found: list[Copy] = []
-    known = False
+def _look(places: Sequence[JobPlace], unread: list[CkptdError] | None) -> list[tuple[JobPlace, catalog.Holdings]]:
+    """Look what places hold. What can't be read now is put into `unread`, unless that is None or all of them."""
+    found: list[tuple[JobPlace, catalog.Holdings]] = []
     for place in places:
-        held = catalog.holdings(place.tier, place.job)
-        known = known or bool(held.parents or held.committed)
-        found += [(place, item) for item in held.committed]
-    if not known:
+        try:
+            found.append((place, catalog.holdings(place.tier, place.job)))
+        except StoreError as error:
+            if unread is None or (place is places[-1] and not found):
+                raise
+            unread.append(error)
+    return found
+
+
+def checkpoints(places: Sequence[JobPlace], unread: list[CkptdError] | None = None) -> list[Copy]:
+    """Return all committed checkpoints of a job, newest first; raises `NotFoundError` when the job is nowhere.
+
+    With `unread`, a place that can't be read now is left out and named there, as long as another one has the job.
+    """
+    looked = _look(places, unread)
+    if not any(held.parents or held.committed for _, held in looked):
+        if unread:
+            raise unread[0]
         there = sorted({job for place in places for job in catalog.jobs(place.tier)})
         raise NotFoundError(
             f"there is no job {places[0].job} in {_where(places)}", hint=f"jobs there: {', '.join(there) or 'none'}"
         )
+    found = [(place, item) for place, held in looked for item in held.committed]
     return sorted(found, key=lambda item: item[1], reverse=True)  # stable: of one checkpoint the faster tier's first
 
 
-def pick(places: Sequence[JobPlace], step: int | None) -> list[Copy]:
-    """Return all copies of the newest checkpoint of the lineage, or of that of `step`; raises `NotFoundError`."""
+def pick(places: Sequence[JobPlace], step: int | None, unread: list[CkptdError] | None = None) -> list[Copy]:
+    """Return all copies of the newest checkpoint of the lineage, or of that of `step`; raises `NotFoundError`.
+
+    `unread` is as in `checkpoints`.
+    """
     parents: dict[int, CheckpointId | None] = {}
     held_by: dict[CheckpointId, list[JobPlace]] = {}
-    for place in places:
-        held = catalog.holdings(place.tier, place.job)
+    for place, held in _look(places, unread):
         parents |= held.parents
         for item in held.committed:
             held_by.setdefault(item, []).append(place)
     line = lineage.candidates(parents, sorted(held_by))
     chosen = [item for item in line if step is None or item.step == step]
     if not chosen:
+        if unread:
+            raise unread[0]
         known = ", ".join(str(item.step) for item in line[:10]) or "none"
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise NotFoundError(f"job {places[0].job} has {what} in {_where(places)}", hint=f"newest steps: {known}")
     return [(place, chosen[0]) for place in held_by[chosen[0]]]
+
+
+def tell_unread(unread: Sequence[CkptdError]) -> int:
+    """Say which places are missing in an answer; return the exit code that says so."""
+    for error in unread:
+        print(f"ckptctl: not in this answer: {error}", file=sys.stderr)
+    return unread[0].exit_code if unread else 0
 
 
 def _where(places: Sequence[JobPlace]) -> str:

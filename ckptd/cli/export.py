@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ckptd.cli.common import find_job, open_plugins, pick, step_number
+from ckptd.cli.common import find_job, open_plugins, pick, step_number, tell_unread
 from ckptd.cli.render import show_json
+from ckptd.errors import CkptdError
 from ckptd.storage.export import export
 from ckptd.units import parse_size, show_size
 
@@ -38,7 +39,9 @@ def run(options: argparse.Namespace) -> int:
     """Export one checkpoint, every byte checked on its way."""
     limit = None if options.max_file is None else parse_size(options.max_file, "--max-file")
     exporter = open_plugins().formats.exporter(options.format, splits=limit is not None)
-    place, chosen = pick(find_job(options.job, options.store), step_number(options.step))[0]
+    unread: list[CkptdError] = []
+    place, chosen = pick(find_job(options.job, options.store), step_number(options.step), unread)[0]
+    tell_unread(unread)
     target = Path(options.to).absolute()
     written = export(exporter, place.tier, place.job, chosen, target, max_file_bytes=limit)
     if options.json:

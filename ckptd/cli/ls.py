@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ckptd.cli.common import Copy, JobPlace, checkpoints, find_job, when
+from ckptd.cli.common import Copy, JobPlace, checkpoints, find_job, tell_unread, when
 from ckptd.cli.render import show_json, show_table
-from ckptd.errors import DamagedError, NotFoundError
+from ckptd.errors import CkptdError, DamagedError, NotFoundError
 from ckptd.storage.catalog import in_parallel, listing, load_manifest
 from ckptd.types import CheckpointRecord
 from ckptd.units import show_size
@@ -32,12 +32,13 @@ def register(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """List the checkpoints, newest first; exit code 5 when a manifest can't be read."""
+    """List the checkpoints, newest first; exit code 5 when a manifest can't be read, 4 when a whole place can't."""
     places = find_job(options.job, options.store, options.tier)
     if options.deleted:
         _show_deleted(places, json=options.json)
         return 0
-    found = in_parallel(_look, checkpoints(places))
+    unread: list[CkptdError] = []
+    found = in_parallel(_look, checkpoints(places, unread))
     records = [item for item in found if isinstance(item, CheckpointRecord)]
     damaged = [item for item in found if isinstance(item, DamagedError)]
     if options.json:
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         show_table(columns, rows, f"job {places[0].job} has no checkpoint that can be read")
     for problem in damaged:
         print(f"ckptctl: damaged: {problem.message}", file=sys.stderr)
-    return DamagedError.exit_code if damaged else 0
+    return tell_unread(unread) or (DamagedError.exit_code if damaged else 0)
 
 
 def _show_deleted(places: Sequence[JobPlace], *, json: bool) -> None:
@@ -70,6 +71,8 @@ def _show_deleted(places: Sequence[JobPlace], *, json: bool) -> None:
         newest = {item.checkpoint: item.deleted_at for item in markers if item.checkpoint not in listed.committed}
         found += [{**item._asdict(), "tier": place.name, "deleted_at": at} for item, at in newest.items()]
     found.sort(key=lambda item: (item["generation"], item["step"]), reverse=True)
+    if not found:
+        checkpoints(places)  # or there is no such job
     if json:
         show_json(found)
         return

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptd.cli.common import JobPlace, find_job, step_number, when
+from ckptd.cli.common import JobPlace, checkpoints, find_job, step_number, when
 from ckptd.cli.render import show_json, show_table
 from ckptd.core import lineage
 from ckptd.core.policy import retention
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     """Plan, print, then act; or undo."""
     places = find_job(options.job, options.store, options.tier)
     if options.undo is not None:
-        return _undo(places, step_number(options.undo), dry_run=options.dry_run)
+        return _undo(places, step_number(options.undo), dry_run=options.dry_run, json=options.json)
     configs = [_settings(place, options) for place in places]
     alone = [_hold(place, dry_run=options.dry_run) for place in places]
     whole = options.tier is None and options.store is None and "/" not in options.job
@@ -159,7 +159,7 @@ def _plan(
     parents = {number: parent for item in holdings for number, parent in item.parents.items()}
     everywhere = sorted({checkpoint for item in holdings for checkpoint in item.committed})
     if not parents and not everywhere:
-        raise NotFoundError(f"there is no job {places[0].job} in {', '.join(place.tier.url for place in places)}")
+        checkpoints(places)  # says so, and which jobs there are
     line = lineage.candidates(parents, everywhere)
     needed_from = min((item.generation for item in everywhere), default=None) if whole else None
     planned: list[_Planned] = []
@@ -248,29 +248,34 @@ def _show(item: _Planned) -> None:
     print(f"{item.place.name}: {show_size(_planned_bytes(item))} to be freed")
 
 
-def _undo(places: Sequence[JobPlace], step: int | None, *, dry_run: bool) -> int:
+def _undo(places: Sequence[JobPlace], step: int | None, *, dry_run: bool, json: bool) -> int:
     """Bring a checkpoint back on every tier where that can be done."""
-    undone: list[str] = []
+    undone: list[dict[str, Any]] = []
     problem: CkptdError | None = None
     for place in places:
         found = [item for item in catalog.listing(place.tier, place.job).markers if item.checkpoint.step == step]
         if not found:
             continue
-        _hold(place, dry_run=dry_run)
-        newest = max(found, key=lambda item: item.checkpoint)
+        newest = max(found, key=lambda item: (item.checkpoint, item.deleted_at))
         act = removing.find_removed if dry_run else removing.undo
         try:
+            _hold(place, dry_run=dry_run)
             act(place.tier, place.job, newest.checkpoint)
         except CkptdError as error:
             problem = error
             continue
-        undone.append(place.name)
+        undone.append({**newest.checkpoint._asdict(), "tier": place.name, "deleted_at": newest.deleted_at})
+    if json and undone:
+        show_json(undone)
+    elif undone:
         done = "can be committed again" if dry_run else "committed again"
-        print(f"step {step} of generation {newest.checkpoint.generation} on {place.name}: {done},", end=" ")
-        print(f"removed {when(newest.deleted_at)}")
+        for item in undone:
+            print(f"step {step} of generation {item['generation']} on {item['tier']}: {done},", end=" ")
+            print(f"removed {when(item['deleted_at'])}")
     if problem is not None:
         raise problem
     if not undone:
+        checkpoints(places)  # or there is no such job
         raise NotFoundError(
             f"no removal of step {step} of job {places[0].job} can be undone",
             hint=f"`ckptctl ls {places[0].job} --deleted` lists those that can",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ckptd.cli.common import find_job, pick, step_number, when
+from ckptd.cli.common import find_job, pick, step_number, tell_unread, when
 from ckptd.cli.render import show_fields, show_json, show_table
+from ckptd.errors import CkptdError
 from ckptd.storage.catalog import load_manifest
 from ckptd.storage.image import VALUES_NAME
 from ckptd.storage.keys import checkpoint_prefix
@@ -31,7 +32,9 @@ def register(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Show one checkpoint."""
-    place, chosen = pick(find_job(options.job, options.store), step_number(options.step))[0]
+    unread: list[CkptdError] = []
+    place, chosen = pick(find_job(options.job, options.store), step_number(options.step), unread)[0]
+    tell_unread(unread)
     loaded = load_manifest(place.tier, place.job, chosen)
     tensors = {name: item for name, item in loaded.tensors.items() if name != VALUES_NAME}
     referred = sum(any(map(loaded.refers, item.chunks)) for item in tensors.values())

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import Any
 
-from ckptd.cli.common import JobPlace, find_job, pick, step_number, when
+from ckptd.cli.common import JobPlace, checkpoints, find_job, pick, step_number, when
 from ckptd.cli.render import show_json, show_table
 from ckptd.errors import ConfigError, NotFoundError
 from ckptd.storage import catalog
@@ -68,6 +68,8 @@ def _show(places: list[JobPlace], *, json: bool) -> None:
         for place in places
         for name, tag in sorted(catalog.tags(place.tier, place.job).items())
     ]
+    if not found:
+        checkpoints(places)  # or there is no such job
     if json:
         show_json(found)
         return

@@ -27,7 +27,10 @@ class TierSpec:
     backlog: int = 2
     """How many checkpoints may wait for their upload; older ones are skipped."""
     scrub_s: float = 0.0
-    """So long after its commit, and after each time it was read, a copy there is read again; 0: never."""
+    """So long after its commit, and after each time it was read, a copy there is read again.
+
+    0: only when it was found damaged.
+    """
 
 
 @dataclass(frozen=True, slots=True)

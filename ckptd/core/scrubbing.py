@@ -6,6 +6,7 @@ until it is mended. Nothing waits for any of it, and a copy that retention lets 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ckptd.core.events import Effect, Log
@@ -41,14 +42,16 @@ class Scrubbing(Planning):
         self.scrubs = ScrubCounters()
         self._scrub_every_s = {tier.name: tier.scrub_s for tier in spec.tiers if tier.scrub_s}
         self._checked_s: dict[Source, float] = {}
+        self._suspects: set[Source] = set()
+        """What somebody has found damaged, and nobody has read since."""
         self._scrubbing: Source | None = None
         """What is being read or mended now."""
         self._look_at_s = 0.0
 
     def _scrub(self, now: Now) -> list[Effect]:
         """Begin to read a copy again, if one is due."""
-        wanted = bool(self._scrub_every_s) and self.state is JobState.RUNNING and self._scrubbing is None
-        if not wanted or now.s < self._look_at_s:
+        wanted = self._scrubbing is None and (self._scrub_every_s or self._suspects)
+        if not wanted or self.state is not JobState.RUNNING or now.s < self._look_at_s:
             return []
         self._look_at_s = now.s + _LOOK_EVERY_S
         decision = scrub.decide(self._copies(now), self._busy(), now.s)
@@ -69,9 +72,9 @@ class Scrubbing(Planning):
                 checked_s = known.get(source, now.s - max(0.0, now.wall - item.committed_at))
                 self._checked_s[source] = checked_s
                 copies.append(scrub.Copy(source, checked_s, every_s))
-        damaged = self.keeper.tiers.damaged
-        damaged -= {source for source in damaged if not self._is_held(source)}
-        return copies
+        for sources in (self.keeper.tiers.damaged, self._suspects):
+            sources -= {source for source in sources if not self._is_held(source)}
+        return copies + [scrub.Copy(source, -math.inf, 0.0) for source in self._suspects]
 
     def _busy(self) -> dict[Source, str]:
         tiers = self.keeper.tiers
@@ -82,8 +85,8 @@ class Scrubbing(Planning):
         }
 
     def suspect(self, source: Source) -> None:
-        """Have a copy read as soon as may be: somebody has found it damaged."""
-        self._checked_s[source] = -float("inf")
+        """Have a copy read as soon as may be, on whatever tier: somebody has found it damaged."""
+        self._suspects.add(source)
 
     def _is_held(self, source: Source) -> bool:
         return source.id in self.keeper.tiers.held.get(source.tier, ())
@@ -91,6 +94,7 @@ class Scrubbing(Planning):
     def _scrubbed(self, event: Scrubbed, now: Now) -> list[Effect]:
         source, tiers = event.source, self.keeper.tiers
         self._scrubbing = None
+        self._suspects.discard(source)
         self._look_at_s = now.s
         if not self._is_held(source):
             return []
@@ -99,8 +103,8 @@ class Scrubbing(Planning):
             if isinstance(event.error, NotFoundError):  # by somebody else's hand
                 del tiers.held[source.tier][source.id]
                 self.offers.drop(source)
-            retry_s = min(_RETRY_S, self._scrub_every_s[source.tier])
-            self._checked_s[source] = now.s + retry_s - self._scrub_every_s[source.tier]
+            every_s = self._scrub_every_s.get(source.tier, 0.0)
+            self._checked_s[source] = now.s + min(_RETRY_S, every_s) - every_s
             return [Log("scrub failed", fields | {"error": str(event.error)}, level="warning")]
         self._checked_s[source] = now.s
         self.scrubs.checked += 1

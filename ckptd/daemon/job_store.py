@@ -167,6 +167,7 @@ class JobStore:
         try:
             known = self._begin(order)
             self._refuse_committed(key)
+            self.needs.refuse_newer()  # before everything is written, and again before it counts
             where = Where(self.tier, self._job, order.id, self._pace)
             self._shards = shards_of(images, self._shards)
             flushed = flushing.flush(where, images, self._shards, known, self._pool)
@@ -212,11 +213,11 @@ class JobStore:
             return None
         with self.needs.lock:
             earlier = self._earlier
-            known = earlier is not None and earlier.id in self.needs.known  # or a prune has removed it
             if (
                 earlier is None
-                or not known
+                or not self.needs.knows(earlier.id)  # a prune has removed it
                 or (earlier.id.generation != order.id.generation and earlier.id != order.parent)
+                or not self._stands(earlier)
             ):
                 earlier, self._history = self._read_earlier(order.parent), NO_HISTORY
             self._earlier = earlier
@@ -224,6 +225,13 @@ class JobStore:
                 return Known(NOTHING_HELD, {}, self._history)
             self.needs.refer(earlier.file_bytes)
             return Known(earlier.held, earlier.file_bytes, self._history)
+
+    def _stands(self, earlier: _Earlier) -> bool:
+        """Whether every file is as it was written: somebody may have wiped the disk under the job."""
+        try:
+            return all(self.tier.size_bytes(f"{self._job}/{file}") == size for file, size in earlier.file_bytes.items())
+        except CkptdError:
+            return False
 
     def _read_earlier(self, parent: CheckpointId | None) -> _Earlier | None:
         """Read what a generation began with; what can't be read is not referred to, and no more harm than that."""

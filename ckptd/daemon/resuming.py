@@ -6,13 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from ckptd.config import JobConfig, Origin
 from ckptd.core import lineage
 from ckptd.core.events import StoreRead
 from ckptd.daemon.further_tiers import Progress
-from ckptd.errors import DamagedError, NotFoundError
+from ckptd.errors import CkptdError, DamagedError, InvariantError, NotFoundError
 from ckptd.storage import adopting, catalog
 from ckptd.storage.pacing import StoppablePace
 from ckptd.storage.tier import Report, Tier
@@ -48,12 +49,27 @@ class Resuming:
                 self._report("resume not needed", {"source": self._origin.url, "step": newest.step})
             self._said = True
             return False
+        brought: Future[None] = Future()
+        # Nothing can end a call that hangs, and nobody must wait for it: neither the end of the job nor an exit.
+        arguments = brought, found.last_generation
+        threading.Thread(target=self._run, args=arguments, name="ckptd-resume", daemon=True).start()
         try:
-            await asyncio.to_thread(self._bring, found.last_generation)
+            await asyncio.wrap_future(brought)
         except asyncio.CancelledError:
             self._stopped.set()  # the job has ended: the thread must not copy on for hours
             raise
         return True
+
+    def _run(self, brought: Future[None], last_generation: int) -> None:
+        brought.set_running_or_notify_cancel()  # from here on it takes what comes of it, whoever still waits
+        try:
+            self._bring(last_generation)
+            brought.set_result(None)
+        except CkptdError as error:
+            brought.set_exception(error)
+        finally:
+            if not brought.done():
+                brought.set_exception(InvariantError("resuming has met a bug: its traceback is above"))
 
     def _bring(self, last_generation: int) -> None:
         opened = self._open_tier(self._origin.place, self._origin.options)

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 from ckptd.config import JobConfig
@@ -259,8 +260,10 @@ class Supervisor:
                 removed, answer = await self._checkpoints.make_room(order)
         for error in removed.errors[-1:]:
             self._log.warning("prune failed", tier=order.tier, error=str(error))
-        if not isinstance(order, Collect) and order.ids:
-            self._log.debug("checkpoint pruned", steps=[item.step for item in order.ids], reasons=list(order.reasons))
+        if not isinstance(order, Collect) and removed.checkpoints:
+            went = [item in removed.checkpoints for item in order.ids]
+            steps, reasons = [item.step for item in compress(order.ids, went)], list(compress(order.reasons, went))
+            self._log.debug("checkpoint pruned", tier=order.tier, steps=steps, reasons=reasons)
         if not isinstance(order, Prune):
             fields = {"tier": order.tier, "files": removed.files, "freed_bytes": removed.freed_bytes}
             fields |= {"records": removed.records, "swept": list(removed.swept)}

@@ -16,7 +16,8 @@ from ckptd.errors import CkptdError, FencedError, RefusedError
 from ckptd.log import Logger
 from ckptd.plugin.manager import PluginManager
 from ckptd.storage import catalog
-from ckptd.storage.tier import Capabilities, Report, Reporting
+from ckptd.storage.file_stream import within
+from ckptd.storage.tier import Capabilities, Cost, Report, Reporting, Tier
 from ckptd.storage.wrappers.forwarding import ForwardingTier
 from ckptd.tiers import JobTier, open_stores, patient, retention_of
 from ckptd.types import CheckpointId, Held
@@ -24,6 +25,7 @@ from ckptd.types import CheckpointId, Held
 HOLD_PATIENCE_S = 10.0
 """How long a new agent waits for the one before it to be gone."""
 _MOMENT_S = 0.5
+_GLANCE_S = 5.0
 _SCRUB_S = 86400.0
 """How long a copy on a disk of this node is trusted. Behind a network reading costs money: nothing is read unasked."""
 _LEVELS = {
@@ -77,8 +79,8 @@ def open_tiers(
 ) -> tuple[JobTier, ...]:
     """Open all tiers of a job for its agent, and hold the job on those that can do that until they are closed.
 
-    Raises the `StoreError` of a tier that can't be written, and `FencedError` when somebody else still holds the job
-    on one after `patience_s`. Nothing is held then.
+    Raises the `StoreError` of a tier that can't be written, but for one behind a network that is down just now, and
+    `FencedError` when somebody else still holds the job on one after `patience_s`. Nothing is held then.
     """
     opened = open_stores(config.stores, plugins, home)
     for item in opened:
@@ -86,13 +88,29 @@ def open_tiers(
             item.tier.report_to(report)
     tiers = tuple(dataclasses.replace(item, tier=patient(item.name, item.tier, report)) for item in opened)
     try:
-        for item in tiers:
-            item.tier.check_writable()
+        for item in opened:
+            _check_writable(item.tier)
         return tuple(_held(item, config.name, patience_s, report) for item in tiers)
     except CkptdError:
         for item in tiers:
             item.tier.close()
         raise
+
+
+def _check_writable(tier: Tier) -> None:
+    """Raise what a tier says that can't be written, but for a network that is down, or too slow to say it.
+
+    That must neither keep a job from what its disk has, nor the agent from its other jobs. It is read next, with
+    patience, and what to make of it is decided then.
+    """
+    if tier.capabilities.cost is not Cost.NETWORK:
+        tier.check_writable()
+        return
+    try:
+        within(_GLANCE_S, tier.url, tier.check_writable)
+    except CkptdError as error:
+        if not error.retryable:
+            raise
 
 
 class _Unheld(ForwardingTier):

@@ -28,6 +28,8 @@ MAX_FILE_BYTES = 5 * 10**9
 """Of the tensors in one file, unless one is larger by itself: what hubs and their libraries use."""
 _ALIGNMENT = 8
 _LENGTH = struct.Struct("<Q")
+_METADATA = "__metadata__"
+"""No tensor's name in such a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def _groups(loaded: Manifest) -> dict[str, list[Whole]]:
 
 def _with_unique_names(tensors: Iterable[Whole]) -> list[Whole]:
     """Return tensors with names that differ: a tensor `a` and one `a.a` come to the same file under the same name."""
-    taken: set[str] = set()
+    taken = {_METADATA}
     unique = []
     for tensor in tensors:
         name, number = tensor.name, 1
@@ -114,7 +116,7 @@ def _plan(group: str, tensors: Sequence[Whole], limit: int) -> list[_File]:
 
 
 def _lay_out(path: str, tensors: Sequence[Whole]) -> _File:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # what libraries for models want to see
+    entries: dict[str, object] = {_METADATA: {"format": "pt"}}  # what libraries for models want to see
     begins = []
     at = 0
     for tensor in tensors:

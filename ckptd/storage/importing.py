@@ -90,12 +90,6 @@ def bring_in(cargo: Cargo, tier: Tier, job: str, step: int) -> Imported:
     `DamagedError` when the source changes meanwhile, and what reading and putting raises.
     """
     check_job(job)
-    known = catalog.holdings(tier, job)
-    if known.committed:
-        raise ConfigError(
-            f"job {job} has checkpoints in {tier.url} already, the newest of step {known.committed[-1].step}",
-            hint="import under another --job: what is imported begins a job",
-        )
     if not tier.capabilities.create_only_put:
         raise RefusedError(
             f"{tier.url} can't tell who comes first, so nothing is imported there",
@@ -103,7 +97,14 @@ def bring_in(cargo: Cargo, tier: Tier, job: str, step: int) -> Imported:
         )
     if tier.capabilities.exclusive_hold:
         with contextlib.suppress(RefusedError):  # a filesystem without locks
-            tier.hold(job, _HOLD_DEADLINE_S)  # an agent that runs the job and has not committed yet keeps us out
+            # Before the look: an agent that runs the job keeps us out, also one that has not committed yet.
+            tier.hold(job, _HOLD_DEADLINE_S)
+    known = catalog.holdings(tier, job)
+    if known.committed:
+        raise ConfigError(
+            f"job {job} has checkpoints in {tier.url} already, the newest of step {known.committed[-1].step}",
+            hint="import under another --job: what is imported begins a job",
+        )
     checkpoint = CheckpointId(max(known.parents, default=0) + 1, step)
     now_at = time.time()
     specs = [TensorSpec(t.name, t.dtype, t.shape, Piece(t.name, t.shape, (0,) * len(t.shape))) for t in cargo.tensors]

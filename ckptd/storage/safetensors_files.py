@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ _ENDING, _INDEX_ENDING = ".safetensors", ".safetensors.index.json"
 _OF_RANK_0 = "rank-0"
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 _LENGTH_BYTES = 8
+IN_PART = "it is damaged, or was copied in part"
+"""The hint about a file that is not what it should be."""
 
 
 class FileRange:
@@ -68,9 +70,13 @@ def read_description(folder: Path) -> Description:
     """Return what an export says of itself; nothing for what is no export of ckptd."""
     try:
         document = json.loads((folder / DESCRIPTION).read_bytes())
-        metrics = {str(name): float(value) for name, value in document["values"].items()}
-        return Description(int(document["step"]) if "ckptd" in document["producer"] else None, metrics)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if "ckptd" not in document["producer"]:
+            return Description()
+        (step,) = whole_numbers([document["step"]])
+        numbers = {str(name): float(value) for name, value in document["values"].items()}
+        metrics = {name: value for name, value in numbers.items() if isfinite(value)}  # JSON has no others
+        return Description(step, metrics)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return Description()
 
 
@@ -141,21 +147,22 @@ def _open(path: Path, stack: ExitStack) -> dict[str, Found]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise NotFoundError(f"there is no {path}") from error
+        raise NotFoundError(f"there is no {path}", hint="an index names it: copy it as well") from error
     stack.callback(os.close, descriptor)
     size_bytes = os.fstat(descriptor).st_size
     try:
         begin = header_bytes(os.pread(descriptor, _LENGTH_BYTES, 0))
     except DamagedError as error:
-        raise DamagedError(f"{path} is no safetensors file: it does not begin with the length of a header") from error
+        what = f"{path} is no safetensors file: it does not begin with the length of a header"
+        raise DamagedError(what, hint=IN_PART) from error
     if begin > size_bytes:
-        raise DamagedError(f"{path} is shorter than its own header")
+        raise DamagedError(f"{path} is shorter than its own header", hint=IN_PART)
     try:
         entries = json.loads(os.pread(descriptor, begin - _LENGTH_BYTES, _LENGTH_BYTES))
         entries.pop("__metadata__", None)
         return {found.name: found for found in _entries(entries, descriptor, begin, size_bytes, str(path))}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"the header of {path} can't be read") from error
+        raise DamagedError(f"the header of {path} can't be read", hint=IN_PART) from error
 
 
 def _entries(
@@ -170,5 +177,8 @@ def _entries(
                 hint=f"convert it to one of {', '.join(ITEM_BYTES)}",
             )
         if end - begin != ITEM_BYTES[dtype] * prod(shape) or data_begin + end > file_bytes:
-            raise DamagedError(f"{where}: tensor {name!r} does not lie where the header says")
+            raise DamagedError(
+                f"{where}: tensor {name!r} does not lie where the header says",
+                hint=IN_PART,
+            )
         yield Found(name, dtype, shape, FileRange(descriptor, data_begin + begin, end - begin, where))

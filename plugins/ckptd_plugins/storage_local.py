@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -23,10 +24,23 @@ def open_local(url: str, options: Mapping[str, Any]) -> Tier:
     paths = (_path_of(url),) if url.startswith("file://") else disks_of(url)
     folders = [Path(path).expanduser().absolute() for path in paths]
     if len(folders) > 1:
+        _refuse_same(url, folders)
         return DisksTier(folders)
     alone = LocalTier(folders[0])
     refuse_alone(alone)
     return alone
+
+
+def _refuse_same(url: str, folders: Sequence[Path]) -> None:
+    """Raise `ConfigError` when links lead to one folder: the marks of two disks can't both lie there."""
+    seen: dict[str, Path] = {}
+    for folder in folders:
+        first = seen.setdefault(os.path.realpath(folder), folder)
+        if first is not folder:
+            raise ConfigError(
+                f"store {url!r} names several disks, and {folder} is the same folder as {first}",
+                hint="each disk is a folder of its own",
+            )
 
 
 def _path_of(url: str) -> str:

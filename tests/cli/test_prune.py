@@ -104,6 +104,9 @@ def test_undo(tier: LocalTier, ctl: Verb) -> None:
     code, out, _ = ctl("prune", "--undo", "2", "--dry-run")
     assert (code, "can be committed again" in out) == (0, True)
     assert committed(tier) == tuple(steps(3, 4, 5))
+    (removed,) = json.loads(ctl("prune", "--undo", "2", "--dry-run", "--json")[1])
+    assert (removed["generation"], removed["step"], removed["tier"]) == (1, 2, "local")
+    assert removed["deleted_at"] > 1e9
     code, out, _ = ctl("prune", "--undo", "2")
     assert (code, "committed again" in out) == (0, True)
     assert tier.get(keys.manifest_key("job", CheckpointId(1, 2))) == before

@@ -89,6 +89,21 @@ def test_without_an_interval_nothing_is_read():
     assert job.wait(1000 * DAY_S) == []
 
 
+def test_what_was_found_damaged_is_read_without_an_interval():
+    """Proves that what keeps a prune from removing anything is mended on a tier that asks for no scrub too, once."""
+    job = train(Script(further=[TierSpec(BUCKET)]))
+    commit(job, 10, 0)
+    job.uploaded("g1/s10")
+    for answer in ({"error": StoreError("it is down")}, {"problems": BROKEN}):
+        job.feed(Pruned(BUCKET, (), unreadable=(cid("g1/s10"),)))
+        assert job.wait(1.5) == ["scrub g1/s10 on bucket"]
+        job.feed(Scrubbed(Source(cid("g1/s10"), BUCKET), **answer))
+        assert job.wait(1000 * DAY_S) == []
+    job.feed(Mended(Source(cid("g1/s10"), BUCKET), {"a": TIER}))
+    assert not job.machine.keeper.tiers.damaged
+    assert job.wait(1000 * DAY_S) == []
+
+
 def test_what_its_upload_reads_is_left_alone():
     """Proves that a copy is not read by two at once, since its upload checks every byte anyway."""
     job = train(Script(scrub_s=1.0, further=[TierSpec(BUCKET)]))

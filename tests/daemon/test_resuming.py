@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ckptd.daemon.tiers import read
 from ckptd.errors import DamagedError, StoreError
 from ckptd.storage import catalog, copying, keys
 from ckptd.storage.local import LocalTier
-from ckptd.storage.tier import Data, Pace, Tier
+from ckptd.storage.tier import Data, Entry, Pace, Tier
 from ckptd.store_config import StoreConfig
 from ckptd.tiers import JobTier
 from ckptd.types import CheckpointId
@@ -309,3 +309,37 @@ def test_the_end_of_the_job_ends_it(tmp_path: Path) -> None:
     assert list(target.list("")) == []
     target.begun.clear()
     assert Begun(fill(Bucket()), target).bring().sources == (Source(LATER, "t0"),)
+
+
+class _Silent(Bucket):
+    """A tier that answers nothing until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.go_on, self.answered = threading.Event(), threading.Event(), threading.Event()
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """Wait first."""
+        self.asked.set()
+        assert self.go_on.wait(PATIENCE_S)
+        self.answered.set()
+        return super().list(prefix)
+
+
+def test_nobody_waits_for_an_origin_that_does_not_answer(tmp_path: Path) -> None:
+    """The end of the job, and of its agent's loop, comes while a request to the origin still hangs."""
+    origin = _Silent()
+    job = Begun(origin, LocalTier(tmp_path))
+
+    async def stop() -> None:
+        bringing = asyncio.ensure_future(job.resuming.bring(job.read()))
+        assert await asyncio.to_thread(origin.asked.wait, PATIENCE_S)
+        bringing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await bringing
+
+    asyncio.run(stop())
+    assert not origin.answered.is_set()
+    origin.go_on.set()
+    assert origin.answered.wait(PATIENCE_S)
+    assert list(LocalTier(tmp_path).list("")) == []

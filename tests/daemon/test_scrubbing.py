@@ -255,7 +255,9 @@ def test_a_damaged_manifest_does_not_stop_prunes_for_ever(
     puppet = node.puppet()
     puppet.attach(1000)
     train_until([puppet], lambda: second.events("prune failed"), "a prune that is given up")
+    assert not second.events("checkpoint pruned")
     train_until([puppet], lambda: second.events("checkpoint mended"), "the mending")
     assert kept.read_bytes() == whole
     train_until([puppet], lambda: len(node.manifests()) == 2, "the end of everything but the newest and the tagged one")
+    until(lambda: second.events("checkpoint pruned"), "the word about it")
     puppet.kill()

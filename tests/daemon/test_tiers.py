@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -234,6 +235,29 @@ def test_an_agent_holds_every_tier(open_job: Callable[..., tuple[JobTier, ...]])
     for item in (*first, *third):
         item.tier.close()
     open_job("a", "b", "c")
+
+
+def test_a_network_that_is_down_keeps_no_job_from_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket that can't be reached is looked at once, and for the rest left to who reads it; a disk is refused."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    near = StoreConfig(str(tmp_path / "near"))
+    told: list[Any] = []
+
+    def opened(*stores: StoreConfig) -> tuple[JobTier, ...]:
+        plugins = PluginManager(lambda *_: None)
+        return open_tiers(JobConfig("job", (), stores), plugins, tmp_path, lambda *event: told.append(event))
+
+    tiers = opened(near, StoreConfig("s3://bucket/runs", options={"endpoint": endpoint, "region": "us-east-1"}))
+    assert [item.name for item in tiers] == ["local", "s3"]
+    assert told == []
+    for item in tiers:
+        item.tier.close()
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError):
+        opened(near, StoreConfig(str(tmp_path / "file" / "runs")))
 
 
 def test_an_agent_waits_for_the_one_before(open_job: Callable[..., tuple[JobTier, ...]]) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +28,10 @@ from ckptd.storage.assembling import assemble
 from ckptd.storage.export import Source, Written
 from ckptd.storage.image import is_inside
 from ckptd.storage.importing import Cargo
-from ckptd.storage.safetensors_files import read_description
+from ckptd.storage.safetensors_files import IN_PART, read_description
+from ckptd.storage.stream import Stream
 from ckptd_integrations.torch import inert
-from ckptd_integrations.torch.incoming import cargo_of
+from ckptd_integrations.torch.incoming import cargo_of, elements_of
 from ckptd_integrations.torch.states import states_of
 
 METADATA_FILE = ".metadata"
@@ -68,7 +70,7 @@ def _failure(error: CheckpointException) -> OSError | StateError | StoreError:
 def import_dcp(place: Path, names: Mapping[str, str]) -> Iterator[Cargo]:
     """Load a DCP folder; an `Importer`, whose groups are the keys of the dict that was given to `dcp.save`.
 
-    All tensors are in memory at once, each once.
+    Tensors are loaded when they are read, one at a time.
     """
     path = place / METADATA_FILE
     if not path.is_file():
@@ -76,11 +78,11 @@ def import_dcp(place: Path, names: Mapping[str, str]) -> Iterator[Cargo]:
     with path.open("rb") as file:
         metadata = inert.read(file, str(path))
     try:
-        stored = _stored(metadata, place)
-        items = _items(metadata, stored)
+        elsewhere: dict[int, Stream] = {}
+        items = _items(metadata, _stored(metadata, place), elsewhere)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise DamagedError(f"{path} does not describe a checkpoint that can be read") from error
-    yield cargo_of(items, names, str(place), read_description(place))
+        raise DamagedError(f"{path} does not describe a checkpoint that can be read", hint=IN_PART) from error
+    yield cargo_of(items, names, str(place), read_description(place), elsewhere)
 
 
 class _Part(NamedTuple):
@@ -113,13 +115,18 @@ def _stored(metadata: Any, folder: Path) -> dict[str, list[_Part]]:
     return found
 
 
-def _items(metadata: Any, stored: Mapping[str, list[_Part]]) -> dict[str, Any]:
-    """Load everything, and nest it as it was before it was flattened."""
+def _items(metadata: Any, stored: Mapping[str, list[_Part]], elsewhere: dict[int, Stream]) -> dict[str, Any]:
+    """Load all values, and nest everything as it was before it was flattened.
+
+    A tensor has its dtype and shape there and takes no memory; its elements go into `elsewhere`, by its address.
+    """
     paths = metadata.state.get("planner_data") or {}
+    desk = _Desk()
     states: dict[str, Any] = {}
     for name, described in metadata.state["state_dict_metadata"].items():
         if described.name == _TENSOR:
-            value: Any = _tensor(name, described.state, stored[name])
+            value: Any = _form(described.state)
+            elsewhere[value.data_ptr()] = _Elements(name, value, stored[name], desk)
         elif described.name == _BYTES:
             value = _load(name, stored[name][0])
         else:
@@ -131,17 +138,57 @@ def _items(metadata: Any, stored: Mapping[str, list[_Part]]) -> dict[str, Any]:
     return states
 
 
-def _tensor(name: str, described: Mapping[str, Any], parts: list[_Part]) -> Tensor:
-    shape = _sizes(described["size"])
+def _form(described: Mapping[str, Any]) -> Tensor:
+    """Return a tensor of the dtype and shape that is described, all of whose elements are one."""
+    dtype = getattr(torch, described["properties"].state[0].name.removeprefix("torch."))
+    return torch.empty((), dtype=dtype).expand(_sizes(described["size"]))
+
+
+class _Desk:
+    """Where the tensor lies that is being read: one of them, until another one is."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._owner: _Elements | None = None
+        self._elements: Stream | None = None
+
+    def read(self, owner: _Elements, offset: int, into: memoryview) -> None:
+        """Read a tensor's elements, loaded if it is not the one that lies here."""
+        with self._lock:  # also while they are copied: nobody then holds another tensor
+            if self._elements is None or self._owner is not owner:
+                self._elements = None  # first, so that there are not two
+                self._owner, self._elements = owner, owner.load()
+            self._elements.read_into(offset, into)
+
+
+class _Elements:
+    """The elements of a tensor in row-major order, loaded when they are read; a `Stream`."""
+
+    def __init__(self, name: str, form: Tensor, parts: list[_Part], desk: _Desk) -> None:
+        self._name, self._form, self._parts, self._desk = name, form, parts, desk
+        self.size_bytes = form.numel() * form.itemsize
+
+    def read_into(self, offset: int, into: memoryview) -> None:
+        """Fill all of `into`; raises what `load` raises."""
+        self._desk.read(self, offset, into)
+
+    def load(self) -> Stream:
+        """Load all elements; raises `DamagedError`, `StateError` or `NotFoundError` when that can't be done."""
+        return elements_of(_tensor(self._name, self._form, self._parts))
+
+
+def _tensor(name: str, form: Tensor, parts: list[_Part]) -> Tensor:
+    shape = tuple(form.shape)
     made: Tensor | None = None
     elements = 0
     for part in parts:
         loaded = _load(name, part)
         offset = part.offset or (0,) * len(shape)
-        if not isinstance(loaded, Tensor) or not is_inside(offset, tuple(loaded.shape), shape):
+        fits = isinstance(loaded, Tensor) and is_inside(offset, tuple(loaded.shape), shape)
+        if not fits or loaded.dtype != form.dtype:
             raise DamagedError(f"{part.file}: the part of {name!r} is not what the metadata says")
         if made is None:
-            made = loaded if loaded.shape == shape else torch.empty(shape, dtype=loaded.dtype)
+            made = loaded if loaded.shape == shape else torch.empty_like(form)
         if made is not loaded:
             made[tuple(slice(at, at + size) for at, size in zip(offset, loaded.shape, strict=True))] = loaded
         elements += loaded.numel()
@@ -164,7 +211,7 @@ def _load(name: str, part: _Part) -> Any:
             hint="load it where you trust it, and write only tensors and plain values with dcp.save",
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
-        raise DamagedError(f"{part.file}: {name!r} can't be loaded") from error
+        raise DamagedError(f"{part.file}: {name!r} can't be loaded", hint=IN_PART) from error
 
 
 def _place(root: dict[str, Any], path: tuple[Any, ...], value: Any) -> None:

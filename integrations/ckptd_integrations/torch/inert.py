@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from ckptd.errors import DamagedError
+from ckptd.storage.safetensors_files import IN_PART
 
 _MARK: Any = object()
 
@@ -39,8 +40,8 @@ def read(file: BinaryIO, where: str) -> Any:
                 return reader.stack[-1]
             _STEPS[opcode.name](reader, argument)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{where} can't be read: {type(error).__name__}: {error}") from error
-    raise DamagedError(f"{where} ends too early")
+        raise DamagedError(f"{where} can't be read: {type(error).__name__}: {error}", hint=IN_PART) from error
+    raise DamagedError(f"{where} ends too early", hint=IN_PART)
 
 
 class _Reader:

@@ -50,7 +50,7 @@ def fit_object(node: ObjectNode, current: Any, path: str, tensors: CheckpointTen
     if node.kind != STATEFUL and now != node.class_name:
         raise StateError(f"state {path!r} was captured from a {node.class_name} and is a {now} now", hint=_SAME)
     if node.kind == OPTIMIZER:
-        check_groups(node, current, path)
+        check_groups(node, current, path, tensors)
         make = build(node.content, path, state_like(node, current))
         return _loader(current, path, lambda: load_optimizer(current, make()))
     make = build(node.content, path, _like(node, current, path, tensors))

@@ -6,7 +6,8 @@ and, where the parameter is a DTensor, shared out among the ranks as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch.optim import Optimizer
 
 from ckptd.errors import StateError
 from ckptd_integrations.torch.local_boxes import is_dtensor
-from ckptd_integrations.torch.nodes import MappingNode, Node, ObjectNode, SequenceNode, plain
+from ckptd_integrations.torch.nodes import MappingNode, Node, ObjectNode, SequenceNode, TensorNode, plain
 from ckptd_integrations.torch.sources import CheckpointTensors
 
 _COUNTER = "step"
 """The state that torch keeps where it likes, whatever its parameter is."""
 _IN_OPTIMIZER = "in the optimizer"
+_IN_ORDER = "give the optimizer its parameters in the order of the captured run"
 
 
 @dataclass(slots=True)
@@ -80,10 +82,10 @@ def _parameters(groups: Node | None, optimizer: Optimizer) -> Iterator[tuple[Any
             yield from zip(plain(numbers), own["params"], strict=False)
 
 
-def check_groups(node: ObjectNode, optimizer: Optimizer, path: str) -> None:
+def check_groups(node: ObjectNode, optimizer: Optimizer, path: str, tensors: CheckpointTensors) -> None:
     """Raise `StateError` unless an optimizer has groups of parameters of the shapes that were captured.
 
-    Of an imported state only the number of parameters is known.
+    Of an imported state the number of parameters is known, often their order (`_orders`), and never their shapes.
     """
     counts = [len(group) for group in node.shapes] if node.shapes is not None else list(_counts(node.content))
     own = [[tuple(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
@@ -99,8 +101,52 @@ def check_groups(node: ObjectNode, optimizer: Optimizer, path: str) -> None:
                 raise StateError(
                     f"parameter {index} in group {number} of optimizer {path!r} is {list(shape)} in the checkpoint"
                     f" and {list(own_shape)} now",
-                    hint="give the optimizer its parameters in the order of the captured run",
+                    hint=_IN_ORDER,
                 )
+    for kind, theirs, ours in _orders(node, optimizer, tensors):
+        # Of other things it can't be told what belongs to what.
+        if theirs != ours and Counter(theirs) == Counter(ours):
+            index = next(at for at, (item, own_item) in enumerate(zip(theirs, ours, strict=True)) if item != own_item)
+            raise StateError(
+                f"parameter {index} of optimizer {path!r} has the {kind} {theirs[index]} in the checkpoint"
+                f" and {ours[index]} now: the same parameters are in another order",
+                hint=_IN_ORDER,
+            )
+
+
+def _orders(
+    node: ObjectNode, optimizer: Optimizer, tensors: CheckpointTensors
+) -> Iterator[tuple[str, Sequence[Hashable], Sequence[Hashable]]]:
+    """Yield what tells parameters from one another: in words, of those in the checkpoint, and of the optimizer's own.
+
+    Names are there when the optimizer was made with them, or when a state was written by names; an imported state
+    tells by its own shapes where it has one for each parameter.
+    """
+    content = node.content
+    groups = content.find("param_groups") if isinstance(content, MappingNode) else None
+    names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
+    found = list(_parameters(groups, optimizer))
+    numbers, parameters = [number for number, _ in found], [parameter for _, parameter in found]
+    captured = list(_captured_names(groups)) or numbers
+    if names and all(isinstance(name, str) for name in captured):
+        yield "name", captured, names
+    state = content.find("state") if isinstance(content, MappingNode) else None
+    if node.shapes is not None or not isinstance(state, MappingNode):
+        return
+    of_number = dict(state.items)
+    items = [dict(item.items) if isinstance(item := of_number.get(n), MappingNode) else {} for n in numbers]
+    for key in items[0] if items else ():
+        stored = [tensor for tensor in (item.get(key) for item in items) if isinstance(tensor, TensorNode)]
+        if len(stored) == len(parameters):
+            shapes = [tensors.shape(tensor.name) for tensor in stored]
+            yield f"shape of {key}", shapes, [tuple(parameter.shape) for parameter in parameters]
+
+
+def _captured_names(groups: Node | None) -> Iterator[Any]:
+    for group in groups.items if isinstance(groups, SequenceNode) else ():
+        names = group.find("param_names") if isinstance(group, MappingNode) else None
+        if names is not None:
+            yield from plain(names)
 
 
 def _counts(content: Node) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ckptd.errors import ConfigError, DamagedError, NotFoundError, StateError, StoreError
+from ckptd.errors import ConfigError, DamagedError, MemoryBudgetError, NotFoundError, StateError, StoreError
 from ckptd.storage.assembling import assemble
 from ckptd.storage.export import Source, Written
 from ckptd.storage.importing import Cargo
@@ -54,7 +55,7 @@ def import_torch(place: Path, names: Mapping[str, str]) -> Iterator[Cargo]:
     """Load a torch file, or the only one in a folder; an `Importer`, whose groups are the keys of its dict.
 
     A dict of tensors alone is one state, "model". The file is mapped where torch can do that, so its tensors take no
-    memory.
+    memory; but the kernel maps no more than the machine has.
     """
     file = _file_of(place)
     states = _load(file)
@@ -89,7 +90,14 @@ def _load(file: Path) -> dict[str, Any]:
             f"{file} holds a {refused[1]}, which is not loaded: it could run code",
             hint="load it where you trust it, and write its state_dict() with torch.save",
         ) from error
-    except _NO_FILE_OF_TORCH as error:
+    except (*_NO_FILE_OF_TORCH, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which torch makes of a file that was cut
+            raise
+        if "unable to mmap" in str(error):
+            raise MemoryBudgetError(
+                f"{file} can't be mapped: it is larger than the memory that this process may have",
+                hint="import it on a machine with more memory, or write it as safetensors first",
+            ) from error
         raise DamagedError(f"{file} is no file that torch can load", hint=_OF_TORCH) from error
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise StateError(

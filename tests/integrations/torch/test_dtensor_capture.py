@@ -12,6 +12,7 @@ import torch
 from ckptd_integrations.torch.local_boxes import boxes_at
 
 ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.xdist_group("dtensor_capture")  # or each worker runs all the ranks
 OUTCOMES = {
     2: [
         "fsdp is plain", "fsdp", "overlapped", "tensor parallel", "odd", "tied", "partial", "witness", "ddp",

@@ -314,6 +314,9 @@ def test_what_ranks_had_of_their_own(tmp_path, harness):
     _, cargo, _ = imported(IMPORTERS["torch"], tmp_path / "out")
     assert cargo.states == ("state", "loader", "both")
     assert [note for note in cargo.notes if "rank-2" in note]
+    tier, cargo, at = imported(IMPORTERS["torch"], tmp_path / "out", {"loader": "rank-2.loader"})
+    assert cargo.notes == ("left out: rank-1, what one rank had of its own",)
+    harness.same(restored(tier, at, {"loader": [0, torch.zeros(2, dtype=torch.int64)]})["loader"], ranks[2]["loader"])
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.xdist_group("formats_ranks")  # or each worker runs all the ranks
 OUTCOMES = [
     "dcp", "dcp goes on", "torch", "restored from torch", "restored from torch goes on", "restored from dcp",
     "restored from dcp goes on",

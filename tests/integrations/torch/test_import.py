@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from ckptd.errors import CkptdError, ConfigError, DamagedError, FencedError, NotFoundError, RefusedError, StateError
 from ckptd.storage import catalog, image, importing, keys
@@ -191,6 +193,53 @@ def test_a_dcp_folder(tmp_path, harness):
         harness.same(item.state_dict(), state[key].state_dict(), key)
 
 
+def ordered(names, *, by_name):
+    """A model of equal and different layers, and an optimizer that has its parameters in the order of `names`."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4, bias=False), nn.Linear(4, 4), nn.Linear(4, 4))
+    parameters = dict(model.named_parameters())
+    found = [(name, parameters[name]) for name in names]
+    return {"model": model, "optimizer": torch.optim.AdamW(found if by_name else [item for _, item in found])}
+
+
+NAMES = ["0.weight", "0.bias", "1.weight", "2.weight", "2.bias", "3.weight", "3.bias"]
+SWAPPED = [*NAMES[:3], *NAMES[5:], *NAMES[3:5]]  # layers of one form have changed places
+
+
+@pytest.mark.parametrize("written", ["by number", "by name"])
+@pytest.mark.parametrize(
+    ("order", "by_name", "says"),
+    [
+        (NAMES, True, None),
+        (NAMES, False, None),
+        (SWAPPED, True, r"parameter 3 .* has the name 2\.weight in the checkpoint and 3\.weight now"),
+        (NAMES[::-1], False, r"parameter 0 .* has the shape of exp_avg \(3, 4\) in the checkpoint and \(4,\) now"),
+    ],
+)
+def test_an_optimizer_with_its_parameters_in_another_order(tmp_path, written, order, by_name, says):
+    """What names or shapes show to be another parameter's is refused before anything is filled."""
+    state = ordered(NAMES, by_name=True)
+    state["model"](torch.randn(2, 4)).square().mean().backward()
+    state["optimizer"].step()
+    if written == "by name":
+        optimizer = get_optimizer_state_dict(state["model"], state["optimizer"])
+    else:
+        optimizer = state["optimizer"].state_dict()
+    save_dcp({"model": state["model"].state_dict(), "optimizer": optimizer}, tmp_path / "dcp")
+    tier, _, at = imported(import_dcp, tmp_path / "dcp")
+    again = ordered(order, by_name=by_name)
+    if says is None:
+        restored(tier, at, again)
+        moments = [
+            {name: one["optimizer"].state[item]["exp_avg"] for name, item in one["model"].named_parameters()}
+            for one in (state, again)
+        ]
+        assert all(torch.equal(moments[0][name], moments[1][name]) for name in NAMES)
+    else:
+        with pytest.raises(StateError, match=says):
+            restored(tier, at, again)
+        assert not again["optimizer"].state
+
+
 def test_names_that_are_not_there(tmp_path):
     """A group that is not there, or a name that ckptd keeps for itself, is refused with what there is."""
     safetensors.torch.save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors")
@@ -201,6 +250,29 @@ def test_names_that_are_not_there(tmp_path):
     torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "x.pt")
     with pytest.raises(ConfigError, match="optimizer"):
         imported(import_torch, tmp_path / "x.pt", {"optimizer": "optimizer"})
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt", "dcp/.metadata", "dcp/__0_0.distcp"])
+def test_a_file_that_was_copied_in_part(tmp_path, name):
+    """Wherever a copy ended, the file is refused by name with a hint, and nothing is in the store."""
+    state = {"w": torch.arange(4000.0), "v": torch.ones(3)}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "model.pt")
+    save_dcp({"model": state}, tmp_path / "dcp")
+    importer = {"model.safetensors": import_safetensors, "model.pt": import_torch}.get(name, import_dcp)
+    path = tmp_path / name
+    size = path.stat().st_size
+    for end in [size - 1, size * 3 // 4, size // 2, size // 4, 100, 8, 1, 0]:
+        os.truncate(path, end)
+        tier = MemoryTier()
+        with (
+            pytest.raises(DamagedError, match=re.escape(str(path))) as caught,
+            importer(path if importer is not import_dcp else path.parent, {}) as cargo,
+        ):
+            bring_in(cargo, tier, "job", 3)
+        assert caught.value.hint
+        assert "\n" not in caught.value.message
+        assert not list(tier.list(""))
 
 
 def test_only_a_job_without_checkpoints(tmp_path):
@@ -229,6 +301,31 @@ def test_a_job_that_somebody_runs(tmp_path, monkeypatch):
         agent.close()
         assert bring_in(cargo, ours, "job", 3).id == (1, 3)
     ours.close()
+
+
+class Late(LocalTier):
+    """A tier of a job whose agent commits its first checkpoint and ends, while others wait for their turn."""
+
+    def hold(self, job, deadline_s):
+        """Wait for the agent."""
+        agent = LocalTier(self.root)
+        with import_safetensors(self.root.parent / "model.safetensors", {}) as cargo:
+            bring_in(cargo, agent, job, 8)
+        agent.close()
+        super().hold(job, deadline_s)
+
+
+def test_a_job_that_somebody_ran_a_moment_ago(tmp_path):
+    """What the job's agent committed before it let go of the job is seen: there is no second beginning."""
+    safetensors.torch.save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+    tier = Late(tmp_path / "runs")
+    with (
+        import_safetensors(tmp_path / "model.safetensors", {}) as cargo,
+        pytest.raises(ConfigError, match="the newest of step 8"),
+    ):
+        bring_in(cargo, tier, "job", 3)
+    assert catalog.holdings(tier, "job").committed == ((1, 8),)
+    tier.close()
 
 
 class Plain(MemoryTier):

@@ -11,6 +11,7 @@ import pytest
 from tests.integrations.torch.reshard_ranks import SOURCES, TARGETS
 
 ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.xdist_group("reshard")  # or each worker runs all the ranks
 PAIRS = [(source, target) for source in SOURCES for target in TARGETS if source[0] == target[0]]
 
 

@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
+# Tests start hundreds of processes: without bytecode each would compile ckptd anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo demo-s3 test lint format chaos faults bench powercut crashmatrix clean venv
 
 venv: $(STAMP)

@@ -9,7 +9,6 @@ most of the wall time: CPU seconds of the client are the steadier figure.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -143,19 +142,13 @@ def _ratios(measurements: dict[str, list[dict[str, Any]]], name: str, key: str) 
     return measure.spread(each[key] / best for each, best in zip(measurements[name], least, strict=True))
 
 
-def contenders(only: str) -> list[str]:
-    """Return the names that are wanted and can run here."""
-    missing = [] if importlib.util.find_spec("ckptd_plugins.storage_s3.tier") else ["S3Tier stream"]
-    return [name for name in CLIENTS if only.lower() in name.lower() and name not in missing]
-
-
 def bench(arguments: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure everything against one server."""
     from tests.object_store import server as s3
 
     for number in range(OBJECTS):
         _make_source(folder / f"source-{number}", arguments.size * MIB // OBJECTS)
-    names = contenders(arguments.only)
+    names = [name for name in CLIENTS if arguments.only.lower() in name.lower()]
     server = s3.start(folder)
     try:
         bucket = server.make_bucket()

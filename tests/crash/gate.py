@@ -68,6 +68,7 @@ class Gate:
 
     def close(self) -> None:
         """Listen no more."""
+        self._server.shutdown(socket.SHUT_RDWR)  # or the thread would wait in `accept` for good
         self._server.close()
 
     def _accept(self) -> None:

@@ -195,15 +195,16 @@ class Place:
 def run_case(bench: Bench, case: Case) -> Verdict:
     """Run a case in a place of its own; what is wrong is in the verdict, and its folder stays then."""
     folder = bench.folder / f"{case.phase.name}-{case.harm.name.replace(' ', '-')}-{case.harm.at}"
-    place = Place(bench, folder, case.phase)
     verdict = Verdict(case, False)
+    place: Place | None = None
     try:
+        place = Place(bench, folder, case.phase)
         _run_case(place, case, verdict)
+        if not verdict.problems and not verdict.garbage:
+            place.close()
     except Exception as error:  # of whatever kind: the case has not shown what it has to show
         verdict.problems.append(f"{type(error).__name__}: {error}")
-    if not verdict.problems and not verdict.garbage:
-        place.close()
-    else:
+    if place is not None and (verdict.problems or verdict.garbage):
         place.world.end()
     return verdict
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +23,8 @@ _LINE = re.compile(r"^\d+ +(\w+)\((?:\d+<([^>]*)>)?.*?= (-?\d+)(?: (E\w+).*\(INJ
 @contextmanager
 def injected(pid: int, trace: Path, inject: str) -> Iterator[None]:
     """Have calls of a running agent fail, at the kernel's door, for as long as the block lasts."""
+    if shutil.which("strace") is None:
+        pytest.skip("there is no strace here")
     command = ["strace", "-f", "-y", "-s", "0", "-e", "trace=pwrite64,write,fsync,rename,link,unlink,openat"]
     tracer = subprocess.Popen(
         [*command, "-e", f"inject={inject}", "-o", str(trace), "-p", str(pid)],
@@ -112,9 +114,7 @@ def test_a_slow_disk_delays_checkpoints_and_not_training(world: World, tmp_path:
     job.until("checkpoint committed", 2)
     with injected(job.pid, tmp_path / "trace", "fsync:delay_enter=100000"):
         first = job.until("checkpoint committed")
-        begin_s = time.monotonic()
         second = job.until("checkpoint committed", 2)
         assert second["step"] > first["step"]
-        assert time.monotonic() > begin_s
     assert job.stop().code == 75
     _goes_on(world)

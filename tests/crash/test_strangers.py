@@ -51,14 +51,15 @@ def test_two_agents_on_one_store(world: World, tmp_path: Path) -> None:
     job = Running(world)
     job.until("checkpoint committed", 2)
     other_server = Forkserver(tmp_path / "other-plugins")
+    other = World(tmp_path / "other", other_server)
     try:
-        other = World(tmp_path / "other", other_server)
         other.use(world.store)
         other.start(other.command(200), counted=False)
         refused = other.wait()
         assert refused.code == 11, refused.output
         assert str(job.pid) in refused.output, "who holds the store is not said"
     finally:
+        other.end()
         other_server.close()
     before = job.look()
     assert before.problems == []
@@ -82,9 +83,9 @@ def test_two_agents_with_one_bucket(bucket_bench: Bench, tmp_path: Path) -> None
     job = Running(first.world, "--every", "1s")
     first.bench.gate.arm(job.pid, _NO_HARM)
     server = Forkserver(tmp_path / "plugins")
+    other = World(tmp_path / "second", server)
     try:
         job.until("checkpoint committed", tier="s3")
-        other = World(tmp_path / "second", server)
         other.environ |= {name: value for name, value in first.world.environ.items() if name.startswith("AWS_")}
         other.stores.append(first.bucket.url)
         second = Running(other, "--every", "1s")
@@ -99,5 +100,6 @@ def test_two_agents_with_one_bucket(bucket_bench: Bench, tmp_path: Path) -> None
         assert inspect(other.job).problems == []
         assert max(inspect(first.mirror / JOB).needs)[0] == 2
     finally:
+        other.end()
         server.close()
         first.close()

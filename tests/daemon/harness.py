@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,10 +31,9 @@ from ckptd.log import set_up
 from ckptd.plugin.manager import PluginManager
 from ckptd.storage import manifest
 from tests.daemon import bytes_framework
+from tests.waiting import PATIENCE_S, until
 
 Result = TypeVar("Result")
-PATIENCE_S = 30.0
-"""How long anything may take on a busy machine; no test waits for it when all goes well."""
 PUPPET = Path(__file__).with_name("puppet.py")
 TRAIN = """
 import time
@@ -46,17 +44,6 @@ def train(steps, pause=0.0):
         run.step()
         time.sleep(pause)
 """
-
-
-def until(condition: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
-    """Return the first true value of `condition`, or fail naming `what` did not happen."""
-    end_s = time.monotonic() + patience_s
-    while time.monotonic() < end_s:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.005)
-    raise AssertionError(f"{what} did not happen within {patience_s:g} s")
 
 
 async def eventually(condition: Callable[[], Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.harness import World
+from tests.object_store.conftest import s3_process  # noqa: F401 - a fixture that tests here ask for
 
 
 @pytest.fixture
@@ -25,3 +26,10 @@ def world(tmp_path: Path) -> Iterator[World]:
         assert not ours
     finally:
         world.close()
+
+
+@pytest.fixture
+def light(world: World) -> World:
+    """The world, with jobs that train without torch."""
+    world.leave_out_torch()
+    return world

@@ -10,8 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +18,12 @@ from safetensors import safe_open
 
 from ckptd.cli.status import current
 from ckptd.journal import Journal
+from tests.daemon import bytes_framework
+from tests.waiting import PATIENCE_S, until
 
 SCRIPTS = Path(__file__).parent / "scripts"
-PATIENCE_S = 120.0
-"""How long anything may take on a busy machine; no test waits for it when all goes well."""
-
-
-def until(condition: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
-    """Return the first true value of `condition`, or fail naming `what` did not happen."""
-    end_s = time.monotonic() + patience_s
-    while time.monotonic() < end_s:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.01)
-    raise AssertionError(f"{what} did not happen within {patience_s:g} s")
+LIGHT = str(Path(__file__).parents[1] / "crash" / "scripts" / "train.py")
+"""A training in lock-step without torch, `LIGHT STEPS PAUSE_S`: for what is not about torch, whose import takes 3 s."""
 
 
 class World:
@@ -52,7 +41,13 @@ class World:
             "WORLD_TAG": str(folder),
             "TMPDIR": str(self.temporary),
         }
+        self.preload: tuple[str, ...] = ()
         self._started: list[subprocess.Popen[str]] = []
+
+    def leave_out_torch(self) -> None:
+        """Have jobs train without torch, by scripts like `LIGHT`; `preload` is what `ckptctl run` needs for it."""
+        self.env |= bytes_framework.install(self.folder / "plugins")
+        self.preload = ("--preload", "ckptd")
 
     def popen(self, arguments: list[str], **env: str) -> subprocess.Popen[str]:
         """Start a program in this world; its output is a file, so nothing can block on a pipe."""
@@ -89,6 +84,7 @@ class World:
             str(self.store),
             "--log-format",
             "json",
+            *self.preload,
             *options,
         ]
         return self.ctl_popen(*command, "--", path, *map(str, arguments), **env)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.end_to_end.harness import SCRIPTS, World
+from tests.end_to_end.harness import LIGHT, World
 
 
 def shards(folder: Path) -> set[str]:
@@ -13,13 +13,14 @@ def shards(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")}
 
 
-def test_a_job_on_two_disks(world: World) -> None:
+def test_a_job_on_two_disks(light: World) -> None:
     """Both disks hold shards, all is intact, the job goes on from them, and what was pruned is on neither."""
+    world = light
     disks = [world.folder / "nvme0", world.folder / "nvme1"]
     command = ["run", "--nproc", "2", "--every", "200ms", "--log-format", "json", "--keep-last", "2"]
-    command += ["--store", "nvme0,nvme1", "--", str(SCRIPTS / "train.py")]
-    world.finish(world.ctl_popen(*command, "60", "--pause=0.01"))
-    output = world.finish(world.ctl_popen(*command, "120", "--pause=0.01"))
+    command += ["--store", "nvme0,nvme1", *world.preload, "--", LIGHT]
+    world.finish(world.ctl_popen(*command, "60", "0.01"))
+    output = world.finish(world.ctl_popen(*command, "120", "0.01"))
     assert '"restore_tier": "local"' in output
     listed = world.json("ls", "train")
     assert (len(listed), listed[0]["step"]) == (2, 120)
@@ -38,7 +39,7 @@ def test_a_job_on_two_disks(world: World) -> None:
     }
     assert wanted <= first | second
     (disks[1] / ".ckptd-disk").unlink()
-    refused = world.ctl(*command, "130")
+    refused = world.ctl(*command, "130", "0")
     assert refused.returncode == 14
     assert "nvme1 is not disk 2 of 2 of this store" in refused.stderr
     alone = world.ctl("ls", "train", "--store", "nvme0")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ckptd.protocol.channel import open_channel
-from tests.end_to_end.harness import SCRIPTS, World, until
+from tests.end_to_end.harness import LIGHT, SCRIPTS, World, until
 
 TRAIN = str(SCRIPTS / "train.py")
 
@@ -64,14 +64,15 @@ def test_torchrun_restarts_and_ckptd_restores(world: World) -> None:
     world.until_empty(patience_s=20)
 
 
-def test_the_daemon_runs_a_submitted_job(world: World) -> None:
+def test_the_daemon_runs_a_submitted_job(light: World) -> None:
     """`ckptd` serves a socket of mode 0600, runs a submitted job through a kill, and stops it when it is stopped."""
+    world = light
     daemon = world.popen([sys.executable, "-m", "ckptd.daemon"])
     path = world.home / "ckptd.sock"
     until(path.exists, "the socket")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     (world.folder / "job.toml").write_text(
-        f'command = ["{TRAIN}", "100000", "--pause=0.01"]\nname = "nightly"\nnproc = 2\n'
+        f'command = ["{LIGHT}", "100000", "0.01"]\nname = "nightly"\nnproc = 2\npreload = ["ckptd"]\n'
         'every = "200ms"\nstore = "runs"\n'
     )
     assert "job nightly started" in world.ctl("submit", "job.toml").stdout
@@ -130,9 +131,10 @@ def test_without_preload_the_same_training_ends_the_same(world: World) -> None:
     assert world.tensors("executed") == world.tensors("forked")
 
 
-def test_an_exception_is_reported_without_preload_too(world: World) -> None:
+def test_an_exception_is_reported_without_preload_too(light: World) -> None:
     """In a rank started by plain exec, the block of `attach` reports the exception."""
-    run = world.run("train.py", 30, "--raise-at=10", options=("--no-preload",))
+    world = light
+    run = world.run("raises.py", 10, options=("--no-preload",))
     assert "ValueError: no good at step 10" in world.finish(run, code=10).splitlines()[-1]
 
 

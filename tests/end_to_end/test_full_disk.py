@@ -12,15 +12,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.end_to_end.harness import World, until
+from tests.end_to_end.harness import LIGHT, World, until
 
-DISK_BYTES = 64 * 2**20
+DISK_BYTES = 16 * 2**20
 CHUNK = b"x" * 2**16
 
 
 @pytest.fixture
-def small_disk(world: World) -> Iterator[Path]:
+def small_disk(light: World) -> Iterator[Path]:
     """The world's store, as a filesystem of its own that holds a few checkpoints."""
+    world = light
     world.store.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "ckptd-test", str(world.store)]
     if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode != 0:
@@ -53,7 +54,7 @@ def fill(path: Path) -> None:
 
 def test_a_full_disk_costs_old_checkpoints_and_no_training(world: World, small_disk: Path) -> None:
     """What only keep_last keeps makes room; without any a snapshot is skipped and said, and commits resume later."""
-    run = world.run("train.py", 100_000, "--width=40000", "--pause=0.02", nproc=1, options=("--keep-last", "50"))
+    run = world.run(LIGHT, 100_000, 0.02, nproc=1, options=("--keep-last", "50"))
     world.until_training("train", committed=True)
     until(lambda: any(item["freed_bytes"] for item in events(world, run, "garbage collected")), "room on a full disk")
     filler = small_disk / "filler"
@@ -81,7 +82,7 @@ def test_a_full_disk_costs_old_checkpoints_and_no_training(world: World, small_d
 
 def test_a_restart_on_a_full_disk(world: World, small_disk: Path) -> None:
     """Without room for the record of the next generation a job waits for it, and then loses no sealed step."""
-    run = world.run("train.py", 100_000, "--width=40000", "--pause=0.02", nproc=1, options=("--keep-last", "4"))
+    run = world.run(LIGHT, 100_000, 0.02, nproc=1, options=("--keep-last", "4"))
     until(lambda: len(events(world, run, "checkpoint committed")) >= 3, "three commits")
     filler = small_disk / "filler"
 

@@ -7,11 +7,10 @@ import os
 import shlex
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.harness import World, until
+from tests.end_to_end.harness import LIGHT, World, until
 
 STEPS = 150
 PAUSE = "--pause=0.01"
@@ -146,9 +145,10 @@ def test_a_second_ctrl_c_stops_at_once(world: World) -> None:
     world.finish(run, code=75)
 
 
-def test_the_running_job_answers_too(world: World) -> None:
+def test_the_running_job_answers_too(light: World) -> None:
     """`status`, `checkpoint`, `restart` and `stop` reach the agent that runs the job, from another process."""
-    run = world.run("train.py", 100_000, PAUSE, every="1h")
+    world = light
+    run = world.run(LIGHT, 100_000, 0.01, every="1h")
     world.until_training("train", 5)
     assert world.json("status", "train")["state"] == "running"
     assert world.json("status")[0]["job"] == "train"
@@ -164,11 +164,12 @@ def test_the_running_job_answers_too(world: World) -> None:
     world.finish(run, code=75)
 
 
-def test_two_commands_can_not_run_one_job(world: World) -> None:
+def test_two_commands_can_not_run_one_job(light: World) -> None:
     """A second `ckptctl run` of the same job is refused while the first runs, and harms nothing."""
-    run = world.run("train.py", 100_000, PAUSE)
+    world = light
+    run = world.run(LIGHT, 100_000, 0.01)
     world.until_training("train", 3)
-    second = world.run("train.py", 100_000, PAUSE)
+    second = world.run(LIGHT, 100_000, 0.01)
     output = world.finish(second, code=11)
     assert f"train is held by agent {run.pid}" in output
     assert world.status("train")["state"] == "running"
@@ -193,10 +194,11 @@ def test_a_bug_in_the_agent_ends_it_at_once_and_loses_nothing(world: World) -> N
     assert "'local')" in world.finish(world.run("train.py", 80, PAUSE))
 
 
-def test_a_closed_terminal_does_not_end_the_job(world: World) -> None:
+def test_a_closed_terminal_does_not_end_the_job(light: World) -> None:
     """When nobody reads its output any more, the job trains on to its end."""
-    path = str(Path(__file__).parent / "scripts" / "train.py")
-    command = ["run", "--nproc", "2", "--every", "200ms", "--store", str(world.store), "--", path, "60", PAUSE]
+    world = light
+    command = ["run", "--nproc", "2", "--every", "200ms", "--store", str(world.store), *world.preload]
+    command += ["--", LIGHT, "60", "0.01"]
     quoted = shlex.join([sys.executable, "-m", "ckptd.cli.main", *command])
     shell = world.popen(["/bin/bash", "-c", f"({quoted}; echo ended with $? > code) 2>&1 | head -n 1"])
     world.finish(shell)

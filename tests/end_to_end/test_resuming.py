@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ckptd.types import CheckpointId
-from tests.end_to_end.harness import SCRIPTS, World
+from tests.crash.state import expected
+from tests.end_to_end.harness import LIGHT, World
 from tests.end_to_end.test_refusals import last_words
 from tests.object_store import server
 
@@ -24,42 +25,39 @@ def said(output: str, event: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.xdist_group("object store")
-def test_from_a_bucket_on_a_new_machine(world: World) -> None:
-    """From the bucket of a job that was never here a new job goes on to the end weights of an uninterrupted run."""
-    running = server.start(world.folder)
-    try:
-        place = f"s3://{running.make_bucket()}/runs"
-        world.env.update(running.environ)
-        command = ["run", "--nproc", "2", "--every", EVERY, "--store", place, "--", str(SCRIPTS / "train.py")]
-        for steps in (40, 60):
-            world.finish(world.ctl_popen(*command, str(steps)))
-        shutil.rmtree(world.home)  # from here on it is another machine
-        assert [item["step"] for item in world.json("ls", f"{place}/train")] == [60, 40]
-        assert not world.home.exists()
-        options = ("--name", "tuned", "--resume-from", f"{place}/train")
-        output = world.finish(world.run("train.py", 80, every=EVERY, options=options))
-        (resumed,) = said(output, "resumed")
-        assert (resumed["source"], resumed["step"]) == (f"{place}/train", 60)
-        assert "restored (60, 'local')" in output
-        world.finish(world.run("train.py", 80, every=EVERY, options=("--name", "whole")))
-        assert world.tensors("tuned") == world.tensors("whole")
+def test_from_a_bucket_on_a_new_machine(light: World, s3_process: server.Server) -> None:
+    """From the bucket of a job that was never here a new job goes on to the very end of an uninterrupted run."""
+    world = light
+    place = f"s3://{s3_process.make_bucket()}/runs"
+    world.env.update(s3_process.environ)
+    command = ["run", "--nproc", "2", "--every", EVERY, "--store", place, *world.preload, "--", LIGHT]
+    for steps in (40, 60):
+        world.finish(world.ctl_popen(*command, str(steps), "0"))
+    shutil.rmtree(world.home)  # from here on it is another machine
+    assert [item["step"] for item in world.json("ls", f"{place}/train")] == [60, 40]
+    assert not world.home.exists()
+    options = ("--name", "tuned", "--resume-from", f"{place}/train")
+    output = world.finish(world.run(LIGHT, 80, 0, every=EVERY, options=options))
+    (resumed,) = said(output, "resumed")
+    assert (resumed["source"], resumed["step"]) == (f"{place}/train", 60)
+    assert "restored (60, 'local')" in output
+    ends = [json.loads((world.folder / f"end-{rank}.json").read_text()) for rank in range(2)]
+    assert ends == [expected(rank, 80) for rank in range(2)]
 
-        output = world.finish(world.run("train.py", 90, every=EVERY, options=options))
-        assert said(output, "resuming") == []
-        assert [line["step"] for line in said(output, "resume not needed")] == [80]
-        assert "restored (80, 'local')" in output
+    output = world.finish(world.run(LIGHT, 90, 0, every=EVERY, options=options))
+    assert said(output, "resuming") == []
+    assert [line["step"] for line in said(output, "resume not needed")] == [80]
+    assert "restored (80, 'local')" in output
 
-        damage(running, place, CheckpointId(2, 60))
-        options = ("--name", "older", "--resume-from", f"{place}/train")
-        output = world.finish(world.run("train.py", 50, every=EVERY, options=options))
-        assert [line["step"] for line in said(output, "checkpoint damaged")] == [60]
-        assert "restored (40, 'local')" in output
-        refused = world.run("train.py", 50, options=(*options, "--name", "nothing", "--resume-step", "60"))
-        assert "to resume from is whole" in last_words(world.finish(refused, code=5))
-        refused = world.run("train.py", 50, options=("--name", "nothing", "--resume-from", "s3://no-such-bucket/gpt"))
-        last_words(world.finish(refused, code=14))
-    finally:
-        running.stop()
+    damage(s3_process, place, CheckpointId(2, 60))
+    options = ("--name", "older", "--resume-from", f"{place}/train")
+    output = world.finish(world.run(LIGHT, 50, 0, every=EVERY, options=options))
+    assert [line["step"] for line in said(output, "checkpoint damaged")] == [60]
+    assert "restored (40, 'local')" in output
+    refused = world.run(LIGHT, 50, 0, options=(*options, "--name", "nothing", "--resume-step", "60"))
+    assert "to resume from is whole" in last_words(world.finish(refused, code=5))
+    refused = world.run(LIGHT, 50, 0, options=("--name", "nothing", "--resume-from", "s3://no-such-bucket/gpt"))
+    last_words(world.finish(refused, code=14))
     world.until_empty()
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.end_to_end.harness import SCRIPTS, World, until
+from tests.end_to_end.harness import LIGHT, SCRIPTS, World, until
 from tests.object_store import server
 
 
@@ -18,16 +18,17 @@ def steps(world: World, *arguments: str) -> dict[str, list[int]]:
     return found
 
 
-def test_a_lost_disk_comes_back_from_the_second_tier(world: World) -> None:
+def test_a_lost_disk_comes_back_from_the_second_tier(light: World) -> None:
     """After the first tier is deleted, the same command goes on from the second; a name keeps a checkpoint on both."""
+    world = light
     far = world.folder / "far"
     options = ("--store", str(far), "--keep-last", "2")
-    world.finish(world.run("train.py", 60, "--pause=0.01", options=options))
+    world.finish(world.run(LIGHT, 60, 0.01, options=options))
     found = steps(world, "train")
     assert found["local"][0] == found["local-2"][0] == 60
     assert world.ctl("tag", "train", "half").returncode == 0
     shutil.rmtree(world.store)
-    output = world.finish(world.run("train.py", 200, "--pause=0.01", options=options))
+    output = world.finish(world.run(LIGHT, 200, 0.01, options=options))
     assert '"restore_tier": "local-2"' in output
     assert all(item["intact"] for item in world.json("verify", "train", "--all"))
     found = steps(world, "train")
@@ -38,38 +39,34 @@ def test_a_lost_disk_comes_back_from_the_second_tier(world: World) -> None:
 
 
 @pytest.mark.xdist_group("object store")
-def test_a_bucket_alone(world: World) -> None:
+def test_a_bucket_alone(world: World, s3_process: server.Server) -> None:
     """A job whose only store is a bucket flushes to this node first, and is restored on a node that never saw it."""
-    running = server.start(world.folder)
-    try:
-        bucket = running.make_bucket()
-        place = f"s3://{bucket}/runs"
-        command = ["run", "--nproc", "2", "--every", "200ms", "--store", place, "--", str(SCRIPTS / "train.py")]
-        world.env.update(running.environ)
-        world.finish(world.ctl_popen(*command, "60", "--pause=0.01"))
-        assert steps(world, "train")["s3"][0] == 60
-        assert steps(world, f"{place}/train") == {"s3": steps(world, "train")["s3"]}
-        shutil.rmtree(world.home)
-        output = world.finish(world.ctl_popen(*command, "90", "--pause=0.01"))
-        assert '"restore_tier": "s3"' in output
-        assert all(item["intact"] for item in world.json("verify", "train", "--all"))
-        refused = world.ctl(*command, "95", AWS_SECRET_ACCESS_KEY="wrong")
-        assert refused.returncode == 14
-        assert "credentials" in refused.stderr
-        assert "Traceback" not in refused.stderr
-    finally:
-        running.stop()
+    place = f"s3://{s3_process.make_bucket()}/runs"
+    command = ["run", "--nproc", "2", "--every", "200ms", "--store", place, "--", str(SCRIPTS / "train.py")]
+    world.env.update(s3_process.environ)
+    world.finish(world.ctl_popen(*command, "60", "--pause=0.01"))
+    assert steps(world, "train")["s3"][0] == 60
+    assert steps(world, f"{place}/train") == {"s3": steps(world, "train")["s3"]}
+    shutil.rmtree(world.home)
+    output = world.finish(world.ctl_popen(*command, "90", "--pause=0.01"))
+    assert '"restore_tier": "s3"' in output
+    assert all(item["intact"] for item in world.json("verify", "train", "--all"))
+    refused = world.ctl(*command, "95", AWS_SECRET_ACCESS_KEY="wrong")
+    assert refused.returncode == 14
+    assert "credentials" in refused.stderr
+    assert "Traceback" not in refused.stderr
     world.until_empty()
 
 
 @pytest.mark.xdist_group("object store")
-def test_a_bucket_that_dies_stops_nobody(world: World) -> None:
+def test_a_bucket_that_dies_stops_nobody(light: World) -> None:
     """When the bucket's server is killed, training commits to the disk; a second signal ends the waiting."""
+    world = light
     running = server.start(world.folder)
     try:
         place = f"s3://{running.make_bucket()}/runs"
         world.env.update(running.environ)
-        run = world.run("train.py", 400, "--pause=0.01", options=("--store", place))
+        run = world.run(LIGHT, 400, 0.01, options=("--store", place))
         world.until_training("train", committed=True)
         running.process.kill()
         running.process.wait()

@@ -10,9 +10,11 @@ import pytest
 from ckptd.errors import CkptdError, DamagedError, FullError, NotFoundError, RefusedError, StoreError
 from ckptd.storage import keys
 from ckptd.storage.fetching import fetch
+from ckptd.storage.image import BLOCK_BYTES
 from ckptd.storage.local import LocalTier
 from ckptd.storage.memory import MemoryTier
 from ckptd.storage.tier import Data, Pace
+from ckptd.storage.wrappers import MeteredTier
 from tests.storage.checkpoints import (
     DAMAGE,
     FILE,
@@ -32,19 +34,23 @@ from tests.storage.checkpoints import (
 @pytest.mark.parametrize("checkpoint", [FIRST, LATER])
 @pytest.mark.parametrize("threads", [1, 4])
 def test_a_checkpoint_comes_back(target: LocalTier, checkpoint, threads: int) -> None:
-    """From nothing, the files that the checkpoint needs and its manifest come; a second time nothing is copied."""
-    bucket = fill(Bucket())
+    """From nothing, the files that the checkpoint needs and its manifest come, each byte once; later, none."""
+    bucket = MeteredTier(fill(Bucket()))
     told: list[int] = []
     fetched = fetch([bucket], target, JOB, checkpoint, threads=threads, progress=told.append)
     assert {f"{JOB}/{file}": tier for file, tier in fetched.origins.items()} == dict.fromkeys(
         needed(checkpoint), "bucket"
     )
     assert fetched.size_bytes == sum(told) == sum(len(good()[key]) for key in needed(checkpoint))
+    read_bytes = bucket.snapshot()["read_into"]["bytes"]
+    headers_bytes = BLOCK_BYTES * len(needed(checkpoint))  # what is in a file is looked up before it comes
+    assert fetched.size_bytes <= read_bytes <= fetched.size_bytes + headers_bytes
     assert is_right(target, checkpoint)
     assert {entry.key for entry in target.list("")} == {keys.manifest_key(JOB, checkpoint), *needed(checkpoint)}
     again = fetch([bucket], target, JOB, checkpoint)
     assert set(again.origins.values()) == {"local"}
     assert again.size_bytes == 0
+    assert bucket.snapshot()["read_into"]["bytes"] == read_bytes
 
 
 @pytest.mark.parametrize("damage", sorted(DAMAGE))

@@ -49,6 +49,12 @@ def s3_url(s3_server: server.Server, shared_bucket: str, request: pytest.Fixture
     return f"s3://{shared_bucket}/{abs(hash(request.node.nodeid)):x}"
 
 
+@pytest.fixture
+def place(s3_url: str) -> Place:
+    """That place, taken apart."""
+    return Place.of(s3_url)
+
+
 @pytest.fixture(scope="session")
 def s3_client(s3_process: server.Server) -> Any:
     """A client of the server that none of our code is in; making one takes 0.2 s."""

@@ -72,6 +72,13 @@ class Server:
         self.client().create_bucket(Bucket=name)
         return name
 
+    def leave_upload(self, url: str, key: str) -> None:
+        """Leave behind what a put below an ``s3://`` URL leaves that was killed after its first part."""
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        place = {"Bucket": bucket, "Key": f"{prefix}/{key}"}
+        upload = self.client().create_multipart_upload(**place)
+        self.client().upload_part(**place, UploadId=upload["UploadId"], PartNumber=1, Body=b"x" * 5 * 2**20)
+
     def stop(self) -> None:
         """End it and remove what it kept."""
         self.process.kill()

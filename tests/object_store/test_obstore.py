@@ -22,12 +22,6 @@ from tests.object_store.obstore_tier import MIB, PART, Drawn, drawn, opened
 
 
 @pytest.fixture
-def place(s3_url: str) -> Place:
-    """An empty place in a bucket."""
-    return Place.of(s3_url)
-
-
-@pytest.fixture
 def tier(place: Place) -> Iterator[ObstoreTier]:
     """A tier with the smallest parts that S3 takes, so that little data makes many."""
     tier = opened(place, part_bytes=PART, timeout=20)
@@ -39,8 +33,9 @@ class TestContract(TierSuite):
     """What every tier promises."""
 
     @pytest.fixture
-    def tier(self, place: Place) -> Iterator[Tier]:
+    def tier(self, place: Place, s3_server: s3.Server) -> Iterator[Tier]:
         """A tier in an empty place."""
+        self.server = s3_server
         tier = opened(place, part_bytes=PART)
         yield tier
         tier.close()
@@ -48,6 +43,10 @@ class TestContract(TierSuite):
     def reopen(self, tier: Tier) -> Tier | None:
         """Open the same place again."""
         return open_obstore(tier.url)
+
+    def litter(self, tier: Tier) -> bool:
+        self.server.leave_upload(tier.url, "job/s2/a")
+        return True
 
 
 def uploads(server: s3.Server, place: Place) -> list[str]:

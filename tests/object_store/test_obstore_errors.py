@@ -22,12 +22,6 @@ from tests.object_store.obstore_tier import MIB, PART, Drawn, opened
 
 
 @pytest.fixture
-def place(s3_url: str) -> Place:
-    """An empty place in a bucket."""
-    return Place.of(s3_url)
-
-
-@pytest.fixture
 def tier(place: Place) -> Iterator[ObstoreTier]:
     """A tier with the smallest parts that S3 takes, so that little data makes many."""
     tier = opened(place, part_bytes=PART, timeout=20)

@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 import obstore
 
-from ckptd.errors import CkptdError, DamagedError, FencedError, RefusedError, StoreError
+from ckptd.errors import CkptdError, DamagedError, RefusedError, StoreError
 from ckptd.storage.stream import piece, stream_of
 from ckptd.storage.tier import Capabilities, Cost, Data, Entry, FailureGroup, Pace
 from ckptd_plugins.storage_obstore.failures import ENGINE_ERRORS, is_stale, translated
 from ckptd_plugins.storage_obstore.requests import Requests
 from ckptd_plugins.storage_obstore.stores import Stores
 from ckptd_plugins.storage_s3.options import Place, S3Options
-from ckptd_plugins.storage_s3.puts import Puts
+from ckptd_plugins.storage_s3.puts import Puts, check_create_only
 
 _SMALL_BYTES = 2**20
 """What goes in one request of the engine's, which can't tell one that is slow from one that stands still."""
@@ -192,24 +192,11 @@ class ObstoreTier:
         return removed
 
     def check_writable(self) -> None:
-        """List nothing, which only works in a bucket that is there, and see that a probe can't be created twice.
-
-        Claims depend on that, and servers that take ``If-None-Match`` and overwrite all the same exist.
-        """
+        """List nothing, which only works in a bucket that is there; then see that a probe can be put, and not twice."""
         probe = f"{_PROBES}{_TEMPORARY}{os.urandom(8).hex()}"
         for _ in self.list(f"{probe}/"):
             pass
-        self.put(probe, b"ckptd", create_only=True)
-        try:
-            self.put(probe, b"again", create_only=True)
-        except FencedError:
-            return
-        finally:
-            self.delete(probe)
-        raise RefusedError(
-            f"{self.url} can't be used: its server overwrites what a create-only put must leave alone",
-            hint="use a server that knows conditional writes (If-None-Match)",
-        )
+        check_create_only(self, probe)
 
     def hold(self, job: str, deadline_s: float) -> None:
         """Refuse: a bucket has no locks."""

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 from ckptd.errors import FencedError, NotFoundError, RefusedError, StoreError
 from ckptd.storage.stream import Stream, piece
-from ckptd.storage.tier import Pace
+from ckptd.storage.tier import Pace, Tier
 from ckptd_plugins.storage_s3.failures import ConflictError, UploadGoneError
 from ckptd_plugins.storage_s3.options import Place, S3Options
 from ckptd_plugins.storage_s3.parts import sha256_of
@@ -95,3 +95,21 @@ class Puts:
             found: str | None = answer.get("Metadata", {}).get(_MARK)
             return found
         return None
+
+
+def check_create_only(tier: Tier, key: str) -> None:
+    """Put a probe, see that a second one under its key is refused, and remove it; raises `RefusedError` if it is not.
+
+    Claims depend on that, and servers that take ``If-None-Match`` and overwrite all the same exist.
+    """
+    tier.put(key, b"ckptd", create_only=True)
+    try:
+        tier.put(key, b"again", create_only=True)
+    except FencedError:
+        return
+    finally:
+        tier.delete(key)
+    raise RefusedError(
+        f"{tier.url} can't be used: its server overwrites what a create-only put must leave alone",
+        hint="use a server that knows conditional writes (If-None-Match)",
+    )

@@ -14,13 +14,13 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 
-from ckptd.errors import DamagedError, FencedError, FullError, NotFoundError, RefusedError
+from ckptd.errors import DamagedError, FullError, NotFoundError, RefusedError
 from ckptd.storage import flight
 from ckptd.storage.stream import stream_of
 from ckptd.storage.tier import Capabilities, Cost, Data, Entry, FailureGroup, Pace
 from ckptd_plugins.storage_s3.client import Client
 from ckptd_plugins.storage_s3.options import Place, S3Options
-from ckptd_plugins.storage_s3.puts import Puts
+from ckptd_plugins.storage_s3.puts import Puts, check_create_only
 from ckptd_plugins.storage_s3.upload import Answer
 
 _RANGE_BYTES = 8 * 2**20
@@ -145,22 +145,8 @@ class S3Tier:
         return removed
 
     def check_writable(self) -> None:
-        """Put a probe, and see that a second one under its key is refused: claims depend on that; then remove it.
-
-        Servers that take ``If-None-Match`` and overwrite all the same exist.
-        """
-        key = f"{_PROBE}{os.urandom(8).hex()}"
-        self.put(key, b"ckptd", create_only=True)
-        try:
-            self.put(key, b"again", create_only=True)
-        except FencedError:
-            return
-        finally:
-            self.delete(key)
-        raise RefusedError(
-            f"{self.url} can't be used: its server overwrites what a create-only put must leave alone",
-            hint="use a server that knows conditional writes (If-None-Match)",
-        )
+        """See that a probe can be put, and not twice."""
+        check_create_only(self, f"{_PROBE}{os.urandom(8).hex()}")
 
     def hold(self, job: str, deadline_s: float) -> None:
         """Refuse: a bucket has no locks."""

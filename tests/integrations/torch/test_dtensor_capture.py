@@ -1,17 +1,13 @@
 """Sharded state of real ranks: each captures its part, and all parts together are every element once."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from ckptd_integrations.torch.local_boxes import boxes_at
+from tests.integrations.torch import rank_scripts
 
-ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.xdist_group("dtensor_capture")  # or each worker runs all the ranks
 OUTCOMES = {
     2: [
@@ -26,17 +22,7 @@ OUTCOMES = {
 def outcomes(tmp_path_factory):
     """What ranks of jobs of two and of four have found: nothing wrong, or what, by name and rank."""
     place = tmp_path_factory.mktemp("ranks")
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.integrations.torch.capture_ranks", str(place)],
-        cwd=ROOT,
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "integrations"))), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert not ran.returncode, ran.stderr[-4000:]
+    rank_scripts.run("capture_ranks", place)
     return {
         ranks: [json.loads((place / f"outcomes-{ranks}.{rank}").read_text()) for rank in range(ranks)]
         for ranks in (2, 4)

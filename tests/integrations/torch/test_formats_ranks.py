@@ -1,14 +1,11 @@
 """Exports of sharded state hold whole tensors, which the library shares out anew among any number of ranks."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.integrations.torch import rank_scripts
+
 pytestmark = pytest.mark.xdist_group("formats_ranks")  # or each worker runs all the ranks
 OUTCOMES = [
     "dcp", "dcp goes on", "torch", "restored from torch", "restored from torch goes on", "restored from dcp",
@@ -20,17 +17,7 @@ OUTCOMES = [
 def outcomes(tmp_path_factory):
     """What each rank found, by world size: nothing, or the names of the tensors that differ."""
     place = tmp_path_factory.mktemp("formats")
-    path = os.pathsep.join((str(ROOT), str(ROOT / "integrations")))
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.integrations.torch.format_ranks", str(place)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert not ran.returncode, ran.stderr[-4000:]
+    rank_scripts.run("format_ranks", place)
     return {
         world_size: [json.loads((place / f"outcomes-{world_size}.{rank}").read_text()) for rank in range(world_size)]
         for world_size in (1, 2)

@@ -1,16 +1,12 @@
 """Another world size or mesh than the captured run's: every rank gets its part of the state, element by element."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.integrations.torch import rank_scripts
 from tests.integrations.torch.reshard_ranks import SOURCES, TARGETS
 
-ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.xdist_group("reshard")  # or each worker runs all the ranks
 PAIRS = [(source, target) for source in SOURCES for target in TARGETS if source[0] == target[0]]
 
@@ -19,17 +15,7 @@ PAIRS = [(source, target) for source in SOURCES for target in TARGETS if source[
 def outcomes(tmp_path_factory):
     """What each rank found after each restore: nothing, or the names of the tensors that differ."""
     place = tmp_path_factory.mktemp("reshard")
-    path = os.pathsep.join((str(ROOT), str(ROOT / "integrations")))
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.integrations.torch.reshard_ranks", str(place)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert not ran.returncode, ran.stderr[-4000:]
+    rank_scripts.run("reshard_ranks", place)
     found = {}
     for line in (line for file in place.glob("outcomes.*") for line in file.read_text().splitlines()):
         size, layout, ranks, *target, rank, result = json.loads(line)

@@ -75,7 +75,12 @@ def judge(marks: Sequence[Mark | None], folders: Sequence[str]) -> bool:
 
 def is_set(disks: Sequence[LocalTier]) -> bool:
     """Whether disks are one set; False when they are none yet. Raises `RefusedError` when some don't belong to it."""
-    return judge([read_mark(disk) for disk in disks], [disk.url for disk in disks])
+    folders = [disk.url for disk in disks]
+    try:
+        return judge(list(map(read_mark, disks)), folders)
+    except RefusedError:
+        # Some did not fit what another one said. A set that is made while we look has all its marks by then.
+        return judge(list(map(read_mark, disks)), folders)
 
 
 def make_set(disks: Sequence[LocalTier]) -> tuple[Mark, ...]:

@@ -217,6 +217,16 @@ def test_an_upload_that_somebody_aborts_can_be_tried_again(tier: Tier, s3_server
     assert tier.get("aborted") == DATA
 
 
+def test_a_create_only_put_continues_nobodys_upload(tier: Tier, s3_server: Server) -> None:
+    """Two that complete one upload may both be told that they did; so who creates an object begins anew."""
+    left = Upload(s3_server, tier, "claim")
+    upload_id = left.begin(dict.fromkeys((1, 2), DATA[:PART_BYTES]))
+    asked: list[int] = []
+    tier.put("claim", DATA, create_only=True, pace=asked.append)
+    assert sum(asked) == len(DATA)
+    assert left.ids() == [upload_id]
+
+
 def test_a_create_only_put_that_loses_leaves_nothing(tier: Tier, s3_server: Server) -> None:
     """Whoever is overtaken while it sends is told so, and what it has sent is removed."""
     upload = Upload(s3_server, tier, "raced")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.errors import ConfigError, NotFoundError, RefusedError
-from ckptd.storage.disk_set import MARK, Mark, judge, refuse_alone
+from ckptd.storage.disk_set import MARK, Mark, is_set, judge, refuse_alone
 from ckptd.storage.disks import DisksTier
 from ckptd.storage.local import LocalTier
 from ckptd.testing.working import at_once, pattern, raise_first
@@ -49,6 +52,30 @@ def test_what_does_not_fit(at: int, wrong: str) -> None:
 def tier(folders: list[Path]) -> DisksTier:
     """Three disks."""
     return DisksTier(folders)
+
+
+class _MadeMeanwhile(LocalTier):
+    """A disk whose set is made by somebody else right after its mark was looked for the first time."""
+
+    make: Callable[[], object] | None = None
+
+    def get(self, key: str) -> bytes:
+        make, self.make = self.make, None
+        try:
+            return super().get(key)
+        finally:
+            if make is not None:
+                make()
+
+
+@pytest.mark.parametrize("before", ["nothing", "a set that was never finished"])
+def test_a_set_that_is_made_while_somebody_looks(folders: list[Path], before: str) -> None:
+    """Who reads beside the first start finds a set or none yet, and never that a disk is missing."""
+    disks = [_MadeMeanwhile(folders[0]), *map(LocalTier, folders[1:])]
+    if before != "nothing":
+        disks[0].put(MARK, json.dumps(asdict(Mark("killed", 1, tuple(map(str, folders)), is_complete=False))).encode())
+    disks[0].make = DisksTier(folders).check_writable
+    assert is_set(disks)
 
 
 def test_one_disk_alone(tier: DisksTier, folders: list[Path]) -> None:

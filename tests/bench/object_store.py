@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,21 @@ class Repeated:
 
 
 @contextmanager
-def measured(found: dict[str, Any], name: str) -> Iterator[None]:
-    """Add seconds, CPU seconds of this process and its peak memory over what it had before; no pages of files."""
+def timed(found: dict[str, Any], name: str) -> Iterator[None]:
+    """Add seconds, and CPU seconds of this process."""
+    wall_s, cpu_s = time.monotonic(), time.process_time()
+    yield
+    found[f"{name}_s"] = time.monotonic() - wall_s
+    found[f"{name}_cpu_s"] = time.process_time() - cpu_s
+
+
+@contextmanager
+def watched(found: dict[str, Any], name: str) -> Iterator[None]:
+    """Add this process's peak memory over what it had before, without pages of files; watching costs time."""
     probes.trim()
     before = _anonymous_bytes(probes.memory(os.getpid()))
     with probes.Watch(list) as watch:
-        wall_s, cpu_s = time.monotonic(), time.process_time()
         yield
-        found[f"{name}_s"] = time.monotonic() - wall_s
-        found[f"{name}_cpu_s"] = time.process_time() - cpu_s
     found[f"{name}_peak_mib"] = max(0, _anonymous_bytes(watch.own) - before) / MIB
 
 
@@ -64,7 +70,10 @@ def _anonymous_bytes(memory: probes.Memory) -> int:
     return memory.private_bytes + memory.shared_bytes
 
 
-def run_child(name: str, bucket: str, folder: Path, mark: str) -> dict[str, Any]:
+Measure = Callable[[dict[str, Any], str], AbstractContextManager[None]]
+
+
+def run_child(name: str, bucket: str, folder: Path, mark: str, measured: Measure) -> dict[str, Any]:
     """Measure one contender in this process; every byte that comes back is compared with what was sent."""
     files = sorted(folder.glob("source-*"))
     client = CLIENTS[name](bucket, files, folder)
@@ -104,7 +113,7 @@ def run_large(name: str, bucket: str, folder: Path, mark: str) -> dict[str, Any]
     tier = CLIENTS[name](bucket, [], folder).tier  # type: ignore[attr-defined]
     tier.put(f"{mark}/warm", b"warm")
     found: dict[str, Any] = {}
-    with measured(found, "put"):
+    with watched(found, "put"), timed(found, "put"):
         tier.put(f"{mark}/large", Repeated(LARGE_BYTES))
     assert tier.size_bytes(f"{mark}/large") == LARGE_BYTES
     tier.delete(f"{mark}/large")
@@ -120,7 +129,9 @@ def child(kind: str, name: str, bucket: str, folder: Path, mark: str, environ: d
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def rows(measurements: dict[str, list[dict[str, Any]]], way: str, size_mib: int) -> list[dict[str, str]]:
+def rows(
+    measurements: dict[str, list[dict[str, Any]]], memory: dict[str, dict[str, Any]], way: str, size_mib: int
+) -> list[dict[str, str]]:
     """Return the table of uploads ("put") or downloads ("get"); ratios are to the least of the same round."""
     return [
         {
@@ -129,7 +140,7 @@ def rows(measurements: dict[str, list[dict[str, Any]]], way: str, size_mib: int)
             "time, ratio": measure.show(_ratios(measurements, name, f"{way}_s")),
             "CPU s": measure.show(measure.spread(each[f"{way}_cpu_s"] for each in found)),
             "CPU, ratio": measure.show(_ratios(measurements, name, f"{way}_cpu_s"), digits=1),
-            "memory MiB": f"{max(each[f'{way}_peak_mib'] for each in found):.0f}",
+            "memory MiB": f"{memory[name][f'{way}_peak_mib']:.0f}",
             "4 KiB ms": measure.show(measure.spread(each[f"small_{way}_ms"] for each in found), digits=1),
             "4 KiB CPU ms": measure.show(measure.spread(each[f"small_{way}_cpu_ms"] for each in found), digits=1),
         }
@@ -160,11 +171,12 @@ def bench(arguments: argparse.Namespace, folder: Path, say: Callable[[str], None
                 mark = f"{turn}-{names.index(name)}"
                 measurements[name].append(child("transfer", name, bucket, folder, mark, server.environ))
                 say(f"round {turn + 1} of {arguments.repeat}: {name}")
+        memory = {name: child("memory", name, bucket, folder, "memory", server.environ) for name in names}
         for name in [name for name in OURS if name in names and not arguments.no_large]:
             large[name] = child("large", name, bucket, folder, "large", server.environ)
     finally:
         server.stop()
-    return {"transfer": measurements, "large": large}
+    return {"transfer": measurements, "memory": memory, "large": large}
 
 
 def _make_source(path: Path, size_bytes: int) -> None:
@@ -188,8 +200,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.child is not None:
         kind, name, bucket, folder, mark = arguments.child
-        run = run_large if kind == "large" else run_child
-        print(json.dumps(run(name, bucket, Path(folder), mark)))
+        if kind == "large":
+            found = run_large(name, bucket, Path(folder), mark)
+        else:
+            found = run_child(name, bucket, Path(folder), mark, timed if kind == "transfer" else watched)
+        print(json.dumps(found))
         return 0
     with tempfile.TemporaryDirectory(prefix="ckptd-object-bench-", dir=arguments.dir) as made:
         begin = probes.machine()
@@ -198,7 +213,7 @@ def main() -> int:
     print(f"{machine.line()}; busy {busy_s / wall_s:.1f} cores, the bench's own among them\n")
     for way, title in (("put", "Upload"), ("get", "Download")):
         print(f"{title} of {arguments.size} MiB in {OBJECTS} objects\n")
-        print(measure.markdown(rows(found["transfer"], way, arguments.size)) + "\n")
+        print(measure.markdown(rows(found["transfer"], found["memory"], way, arguments.size)) + "\n")
     for name, large in found["large"].items():
         peak = large["put_peak_mib"]
         holds = "yes" if peak < LARGE_BOUND_MIB else "no"

@@ -4,14 +4,15 @@ The list, and what each leaves intact:
 - any rank, several ranks, the launcher, or the agent is killed, at any event and between any two effects;
 - a write to the disk fails, or is torn because the agent dies;
 - a stored file is damaged or cut short while another intact checkpoint of the lineage stays behind: a rank finds it,
-  or a scrub, and it is mended where there is a bucket that has it;
+  or a scrub, and it is mended where there is a bucket that has it; on a disk that is full at times, no newest one;
 - a snapshot in memory that is committed already is damaged, while its copy on the disk is intact;
 - the bucket is down or slow for a while, or refuses a request;
 - the node is lost with its disk, where there is a bucket;
 - an operator asks for a checkpoint, a restart, a step back or a stop at any moment.
 
-Not in it: all copies damaged at once, bytes that several checkpoints share among them, damage of what no digest was
-taken of yet, and a launcher that is killed before its imports are done.
+Not in it: all copies damaged at once, or the newest unnoticed while a full disk costs the one before it; bytes that
+several checkpoints share among them, damage of what no digest was taken of yet, and a launcher that is killed before
+its imports are done.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ class Faults:
         safe = [item for item in node.witness.intact if item not in node.witness.leaving]
         if len(safe) < 2 or node.witness.at_most is not None or node.witness.commit_unknown:
             return False
-        target = node.rng.choice(safe[-2:])
+        # On a disk that may be full the older one goes for room, before anybody has read the newest: see above.
+        target = node.rng.choice(safe[-2:-1] if node.options.disk_files else safe[-2:])
         cut = node.rng.random() < 0.4
         node.note("fault", f"a shard of {target} is {'cut short' if cut else 'damaged'}")
         node.disk.damage(target, node.rng.randrange(node.options.world_size), cut=cut)

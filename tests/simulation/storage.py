@@ -39,6 +39,10 @@ class Shelf:
     """What a flush writes, and what it may refer to."""
     prunes: int = 0
     """How many are under way."""
+    turns: int = 0
+    """How many removals have asked for their turn; the agent does one at a time (`ckptd.pruning`)."""
+    over: int = 0
+    """How many of those are over."""
 
 
 def read_store(agent: ModelAgent) -> Steps:
@@ -172,18 +176,28 @@ def collect(agent: ModelAgent, order: Collect) -> Steps:
     """Remove garbage and generation records; what lies in the bucket is never old enough here."""
     place, shelf = agent.node.place(order.tier), agent.shelves[order.tier]
     if order.tier == TIER:
+        yield from _wait_for_turn(shelf)
         shelf.prunes += 1
         yield from _delete_files(agent, order)
         shelf.prunes -= 1
+        shelf.over += 1
     for number in judge_records(place.parents.keys(), (item.id for item in place.whole), order.needed_from):
         yield 0.0
         del place.parents[number]
         agent.node.witness.seen["record removed"] += 1
 
 
+def _wait_for_turn(shelf: Shelf) -> Steps:
+    """Let all removals that were ordered before end first."""
+    mine, shelf.turns = shelf.turns, shelf.turns + 1
+    while shelf.over < mine:
+        yield 0.005
+
+
 def _remove(agent: ModelAgent, order: Prune | MakeRoom, undoable_s: float) -> Steps:
     node, place, shelf = agent.node, agent.node.place(order.tier), agent.shelves[order.tier]
     rng = node.bucket.rng if order.tier == BUCKET else node.rng
+    yield from _wait_for_turn(shelf)
     shelf.prunes += 1
     for checkpoint in order.ids:
         yield rng.uniform(0, 0.05)
@@ -200,6 +214,7 @@ def _remove(agent: ModelAgent, order: Prune | MakeRoom, undoable_s: float) -> St
             shelf.left_over.add(checkpoint)
     freed: int = yield from _delete_files(agent, order)
     shelf.prunes -= 1
+    shelf.over += 1
     return freed
 
 

@@ -43,9 +43,19 @@ class Request:
     """"put", "part", "begin", "complete", "abort", "get", "head", "list", "uploads", "parts" or "delete"."""
     key: str
     body_bytes: int
+    covered: frozenset[str]
+    """The headers that its signature covers; "body" when that covers the bytes themselves."""
     status: int | None = None
     """What was answered, by whomever; None where nothing was."""
     fault: Fault | None = None
+
+
+def covered_by(head: bytes) -> frozenset[str]:
+    """Return what the signature of a request covers, so that nobody in between can change it."""
+    signed = re.search(r"SignedHeaders=([^,]*)", (header(head, b"Authorization") or b"").decode())
+    payload = (header(head, b"x-amz-content-sha256") or b"").decode()
+    names = frozenset(signed[1].split(";")) if signed else frozenset()
+    return names | ({"body"} if re.fullmatch(r"[0-9a-f]{64}", payload) else frozenset())
 
 
 def kind_of(method: str, target: str) -> tuple[str, str]:
@@ -250,7 +260,7 @@ class _Exchange:
             return False
         method, target, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
         kind, key = kind_of(method, target)
-        request = Request(kind, key, int(header(head, b"Content-Length") or 0))
+        request = Request(kind, key, int(header(head, b"Content-Length") or 0), covered_by(head))
         rule = self._proxy.met(request)
         if header(head, b"Expect"):
             self._client.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -117,13 +117,14 @@ def test_a_read_behind_the_end_in_pieces_is_damage(tier: ObstoreTier) -> None:
         tier.read_into("job/short", 0, memoryview(bytearray(12 * PART)))
 
 
-def test_the_storage_class_is_sent(place: Place, s3_server: s3.Server) -> None:
-    """Objects of either size are put into the class that was chosen."""
-    tier = opened(place, part_bytes=PART, storage_class="STANDARD_IA")
+def test_encryption_and_class_are_passed_on(place: Place, s3_server: s3.Server) -> None:
+    """What the options say of keeping objects reaches the server, whichever way an object went."""
+    tier = opened(place, part_bytes=PART, storage_class="STANDARD_IA", sse="AES256", requester_pays=True)
     for key, size in (("small", 10), ("middle", 2 * MIB), ("large", 2 * PART)):
         tier.put(key, Drawn(size))
         found = s3_server.client().head_object(Bucket=place.bucket, Key=f"{place.prefix}{key}")
-        assert found["StorageClass"] == "STANDARD_IA"
+        assert (found["ServerSideEncryption"], found["StorageClass"]) == ("AES256", "STANDARD_IA")
+        assert tier.get(key) == drawn(0, size)
 
 
 # --- many objects, many processes ------------------------------------------------------------------------------------

@@ -162,6 +162,17 @@ def test_a_server_that_takes_no_more_bytes_is_given_up(bucket: Bucket) -> None:
     assert caught.value.retryable
 
 
+def test_nobody_in_between_can_change_what_is_sent(bucket: Bucket) -> None:
+    """Whatever its size, a signature covers the bytes of an object or part, or the SHA-256 they are compared with."""
+    tier = bucket.tier()
+    for key, data in (("small", SMALL), ("middle", LARGE[: 2 * 2**20]), ("large", LARGE)):
+        tier.put(key, data)
+    sent = [request for request in bucket.proxy.requests if request.kind in ("put", "part")]
+    assert len(sent) == 5
+    for request in sent:
+        assert request.covered & {"body", "x-amz-checksum-sha256"}, f"{request} can be forged"
+
+
 def test_a_lost_answer_to_a_claim(bucket: Bucket) -> None:
     """A create-only put whose answer was lost knows its own object, and takes nobody else's for it."""
     tier = RetryingTier(bucket.tier(), RetryPolicy(deadline_s=5))

@@ -22,7 +22,8 @@ HINTS = {
     "ExpiredToken": "renew the AWS credentials",
     "InvalidToken": "renew the AWS credentials",
     "RequestTimeTooSkewed": "set the clock of this machine right",
-    "AccessDenied": "the credentials need s3:GetObject, PutObject, DeleteObject, ListBucket and AbortMultipartUpload",
+    "AccessDenied": "the credentials need s3:GetObject, PutObject, DeleteObject, ListBucket and AbortMultipartUpload; "
+    "to go on with interrupted uploads ListBucketMultipartUploads and ListMultipartUploadParts",
     "AllAccessDisabled": "ask who owns the bucket",
     "AccountProblem": "ask who owns the account",
     "PermanentRedirect": "set `region` to the bucket's",

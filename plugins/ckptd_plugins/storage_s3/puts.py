@@ -2,7 +2,8 @@
 
 Signatures do not cover the bytes. They cover the SHA-256 that travels with them, which comes to the same: whoever
 changes bytes on their way, over plain http too, can't change the checksum with them. So the bytes are read once for
-both, which saves a third of the processor time of an upload.
+both, which saves a third of the processor time of an upload. The list of parts that completes one is not covered: where
+somebody may be in between, use https.
 """
 
 from __future__ import annotations

@@ -32,6 +32,8 @@ def tier(place: Place) -> Iterator[ObstoreTier]:
 class TestContract(TierSuite):
     """What every tier promises."""
 
+    racers = 4  # the server lets a loser wait for its turn, a second at a time
+
     @pytest.fixture
     def tier(self, place: Place, s3_server: s3.Server) -> Iterator[Tier]:
         """A tier in an empty place."""

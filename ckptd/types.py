@@ -183,6 +183,10 @@ class Incident:
     consequences: tuple[str, ...] = ()
     exception: RaisedException | None = None
     last_lines: tuple[str, ...] = ()
+    kind: str = ""
+    """The evidence's kind: what sort of failure it was, in one word."""
+    evidence_path: str | None = None
+    """The folder with what was gathered of it, on the node where it happened."""
     closed: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -205,5 +209,7 @@ class Incident:
             "consequences": list(self.consequences),
             "exception": None if self.exception is None else self.exception.to_json(),
             "last_lines": list(self.last_lines),
+            "kind": self.kind,
+            "evidence_path": self.evidence_path,
             "closed": self.closed,
         }

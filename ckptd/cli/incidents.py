@@ -21,7 +21,7 @@ def register(verbs: Any) -> None:
         action="store_true",
         help="a list of {number, generation, cause, rank, signal, returncode, failed_at, failed_step, lost_steps, "
         "restored: {step, tier, generation}, seconds: {detect, kill, decide, start, restore, first_step, total}, "
-        "decision, reasons, consequences, exception, last_lines, closed}",
+        "decision, reasons, consequences, exception, last_lines, kind, evidence_path, closed}",
     )
     parser.set_defaults(verb=run)
 

@@ -32,6 +32,7 @@ class OpenIncident:
             job=job,
             generation=generation,
             cause=evidence.summary,
+            kind=evidence.kind,
             rank=evidence.rank,
             signal=evidence.signal,
             returncode=evidence.returncode,

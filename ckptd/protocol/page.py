@@ -15,6 +15,8 @@ from enum import IntEnum
 
 PAGE_BYTES = 4096
 MAX_SLOTS = 64
+RING_ENTRIES = 64
+"""How many reported numbers the page holds; the agent reads them many times before they are written over."""
 NEVER = 2**63
 """Written to `CAPTURE_STEP` when no capture is wanted."""
 
@@ -26,11 +28,16 @@ class Word(IntEnum):
     VERSION = 1  # agent
     CAPTURE_STEP = 2  # agent: capture at the boundary of this step
     WHOLE = 3  # agent: 1 when replicated tensors proved to differ, so that each rank has to capture its own
+    AGENT_NS = 4  # agent: monotonic time of its last look at the page
     STEP = 8  # rank: last finished step
     BEAT_NS = 9  # rank: monotonic time of the last boundary
     PHASE = 10  # rank: a Phase
+    SECTION_UNTIL_NS = 12  # rank: monotonic time until which it may stay where it is without a step; 0: none was asked
+    WAITED_NS = 13  # rank: how long it has waited for other ranks in all its steps, where it can tell
+    REPORTS = 14  # rank: how many numbers it has written to the ring
     SLOT_SEALED = 64  # rank: + slot number
     SLOT_RELEASED = 128  # agent: + slot number
+    RING = 256  # rank: `RING_ENTRIES` pairs of a step and the bits of a float64; report n is pair n % RING_ENTRIES
 
 
 class Phase(IntEnum):
@@ -44,7 +51,7 @@ class Phase(IntEnum):
 
 
 MAGIC = int.from_bytes(b"ckptd\0pg", "little")
-PAGE_VERSION = 1
+PAGE_VERSION = 2
 
 
 class ControlPage:

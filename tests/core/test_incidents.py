@@ -90,7 +90,8 @@ def test_an_incident_has_the_shape_that_is_documented():
     shape = incident.snapshot().to_json()
     assert set(shape) == {
         "number", "job", "generation", "cause", "rank", "signal", "returncode", "failed_at", "failed_step",
-        "lost_steps", "restored", "seconds", "decision", "reasons", "consequences", "exception", "last_lines", "closed",
+        "lost_steps", "restored", "seconds", "decision", "reasons", "consequences", "exception", "last_lines", "kind",
+        "evidence_path", "closed",
     }  # fmt: skip
     assert shape["cause"] == "rank 1 was killed by signal 9"
     assert (shape["rank"], shape["signal"], shape["returncode"], shape["failed_step"]) == (1, 9, -9, 50)

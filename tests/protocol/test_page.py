@@ -20,9 +20,19 @@ _AGENT_WORDS = {
     Word.VERSION,
     Word.CAPTURE_STEP,
     Word.WHOLE,
+    Word.AGENT_NS,
     *range(Word.SLOT_RELEASED, Word.SLOT_RELEASED + MAX_SLOTS),
 }
-_RANK_WORDS = {Word.STEP, Word.BEAT_NS, Word.PHASE, *range(Word.SLOT_SEALED, Word.SLOT_SEALED + MAX_SLOTS)}
+_RANK_WORDS = {
+    Word.STEP,
+    Word.BEAT_NS,
+    Word.PHASE,
+    Word.SECTION_UNTIL_NS,
+    Word.WAITED_NS,
+    Word.REPORTS,
+    *range(Word.SLOT_SEALED, Word.SLOT_SEALED + MAX_SLOTS),
+    *range(Word.RING, Word.RING + 2 * p.RING_ENTRIES),
+}
 
 
 def new_pages(count: int) -> tuple[int, list[ControlPage]]:

@@ -84,6 +84,8 @@ class JobConfig:
     nproc: int = 1
     every_s: float = 30.0
     max_restarts: int = 100
+    restart_window_s: float = 86400.0
+    """How long a restart counts against `max_restarts`."""
     preload: tuple[str, ...] = DEFAULT_PRELOAD
     """Modules that the launcher imports before it forks; none: every rank is started by plain exec."""
     python: str = sys.executable
@@ -108,6 +110,7 @@ class JobConfig:
         _require(1 <= self.nproc <= MAX_NPROC, f"nproc is {self.nproc}", f"it must be from 1 to {MAX_NPROC}")
         _require(0 < self.every_s < math.inf, f"every is {self.every_s:g} s", "it must be longer than nothing")
         _require(self.max_restarts >= 0, f"max_restarts is {self.max_restarts}", "0 means that no restart is made")
+        _require(self.restart_window_s > 0, f"restart_window is {self.restart_window_s:g} s", 'write it like "24h"')
         _require(1 <= self.slots <= 8, f"slots is {self.slots}", "from 1 to 8; 2 keep one sealed while one is written")
         _require(
             self.flush_max_bytes_per_s >= 0,
@@ -165,6 +168,8 @@ def load_job_file(path: Path) -> JobConfig:
     data.setdefault("name", path.stem)
     if "every" in data:
         data["every_s"] = parse_duration(str(data.pop("every")), "every")
+    if "restart_window" in data:
+        data["restart_window_s"] = parse_duration(str(data.pop("restart_window")), "restart_window")
     if "flush_max" in data:
         data["flush_max_bytes_per_s"] = parse_rate(str(data.pop("flush_max")), "flush_max")
     if data.get("preload") is False:
@@ -253,6 +258,7 @@ _SHAPES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "every_s": ("a number of seconds", _is_number),
     "keep_last": ("a whole number", _is_whole),
     "max_restarts": ("a whole number", _is_whole),
+    "restart_window_s": ("a number of seconds", _is_number),
     "preload": ("a list of strings", _is_list),
     "python": ("text", _is_text),
     "cwd": ("text", _is_text),

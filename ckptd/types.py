@@ -6,9 +6,12 @@ Nothing here does anything. Times named `_at` are seconds of the wall clock (for
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+_NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+")
 
 
 class CheckpointId(NamedTuple):
@@ -155,9 +158,12 @@ class Evidence:
 
     @property
     def signature(self) -> str:
-        """What makes two failures the same failure, for the policy that counts repetitions."""
+        """What makes two failures the same failure, for the policy that counts repetitions.
+
+        Numbers in a message (addresses, pids, sizes) differ from time to time and say nothing of that.
+        """
         if self.exception is not None:
-            return f"{self.exception.type}: {self.exception.message}"
+            return f"{self.exception.type}: {_NUMBER.sub('#', self.exception.message)}"
         return f"{self.kind} {self.signal if self.signal is not None else self.returncode}"
 
 

@@ -53,7 +53,12 @@ def register(verbs: Any) -> None:
     parser.add_argument("--resume-step", type=int, metavar="STEP", help="begin with that step of it")
     parser.add_argument("--name", metavar="NAME", help="the job's name (default: the script's)")
     parser.add_argument("--keep-last", type=int, default=3, metavar="N", help="checkpoints to keep (default 3)")
-    parser.add_argument("--max-restarts", type=int, default=100, metavar="N", help="restarts to allow (default 100)")
+    parser.add_argument(
+        "--max-restarts", type=int, default=100, metavar="N", help="restarts to allow in --restart-window (default 100)"
+    )
+    parser.add_argument(
+        "--restart-window", default="24h", metavar="TIME", help="how long a restart counts (default 24h)"
+    )
     parser.add_argument(
         "--preload",
         default=",".join(DEFAULT_PRELOAD),
@@ -118,6 +123,7 @@ def _job_config(options: argparse.Namespace) -> JobConfig:
         nproc=options.nproc,
         every_s=parse_duration(options.every, "--every"),
         max_restarts=options.max_restarts,
+        restart_window_s=parse_duration(options.restart_window, "--restart-window"),
         preload=preload,
         python=options.python,
         cwd=str(Path.cwd()),

@@ -88,11 +88,16 @@ class Failing(Scrubbing):
         return []
 
     def _decide(self, now: Now) -> list[Effect]:
-        damaged = self.generation is not None and self.generation.damaged
-        decision, effects = self.recovery.decide(now.s, damaged=damaged)
+        generation = self.generation
+        offer = None if generation is None else generation.offer
+        older = None if offer is None else self.offers.newest_before(offer.id, self.keeper.book.complete)
+        damaged = generation is not None and generation.damaged
+        decision, effects = self.recovery.decide(now.s, older=older, damaged=damaged)
         if not decision.restart:
             error = self.recovery.refusal or JobFailedError(decision.verdict or "the job has failed")
             return effects + self._give_up(error, now)
+        if decision.at_most_step is not None:
+            self._step_back(decision.at_most_step)
         if not self.spec.supervised:
             self._move(JobEvent.AWAIT)
             return effects + (self.begin() if self._waiting else [])
@@ -116,14 +121,23 @@ class Failing(Scrubbing):
                 generation.damaged = True
         return [Log("restore failed", fields | {"error": str(event.error)}, level="error")]
 
+    def _step_back(self, step: int) -> None:
+        """Have the next generation begin no later than at `step`, and nothing newer be begun with ever after."""
+        self.keeper.book.refuse_newer_than(step)
+        limit = self.offers.at_most_step
+        self.offers.at_most_step = step if limit is None else min(limit, step)
+
     def _restart_wanted(self, event: e.RestartWanted, now: Now) -> list[Effect]:
-        if self.state not in LIVE or self.generation is None or not self.generation.pids:
+        live = self.state in LIVE and self.generation is not None and bool(self.generation.pids)
+        if not live and self.state is not JobState.BACKOFF:
             return []  # it is starting anyway
         if event.step is not None:
-            if not self.offers.reach(event.step, self.keeper.book.complete):
+            if self.offers.newest_until(event.step, self.keeper.book.complete) is None:
                 error = f"there is no checkpoint at step {event.step} or before it: the job goes on"
                 return [Log("restore failed", {"step": event.step, "error": error}, level="error")]
-            self.keeper.book.refuse_newer_than(event.step)
-        self.offers.at_most_step = event.step
+            self._step_back(event.step)
+        if self.state is JobState.BACKOFF:
+            self._wake_at_s = now.s
+            return []
         evidence = Evidence("operator", "requested", None, 1.0, "a restart was asked for", now.s)
         return self._fail(evidence, (), now)

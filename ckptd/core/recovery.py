@@ -61,6 +61,9 @@ class Recovery:
                     progressed=step > before,
                     is_exception=evidence.exception is not None,
                     refused=None if self.refusal is None else str(self.refusal),
+                    at_s=now_s,
+                    lived_s=now_s - generation.began_s,
+                    summary=evidence.summary,
                 )
             )
         fields = {"cause": evidence.summary, "rank": evidence.rank, "step": step}
@@ -72,9 +75,12 @@ class Recovery:
             ours = evidence.signal == signal.SIGKILL
             self.incident.add_consequence(f"ckptd ended rank {evidence.rank}" if ours else evidence.summary)
 
-    def decide(self, now_s: float, *, damaged: bool = False) -> tuple[RestartDecision, list[Effect]]:
+    def decide(
+        self, now_s: float, *, older: CheckpointId | None = None, damaged: bool = False
+    ) -> tuple[RestartDecision, list[Effect]]:
         """Decide what follows, now that no rank of the generation is left.
 
+        `older` is what the next one could begin with instead of what this one began with.
         With `damaged` it failed because its offer was: that is not held against the script, and can't go on for ever,
         since there is one copy less to try each time.
         """
@@ -86,7 +92,7 @@ class Recovery:
         elif self._on_purpose:
             decision = RestartDecision(restart=True, delay_s=0.0, reasons=("somebody asked for it",))
         else:
-            decision = decide(self._failures, self.policy)
+            decision = decide(self._failures, self.policy, older)
         effects: list[Effect] = []
         if self.incident is not None:
             self.incident.mark("killed", now_s)

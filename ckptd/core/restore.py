@@ -117,10 +117,14 @@ class Offers:
         self._untried = left[1:]
         return left[0] if left else None
 
-    def reach(self, step: int, complete: Iterable[Snapshot]) -> bool:
-        """Whether there is anything to offer that is no newer than `step`."""
-        known = {Source(snapshot.id, MEMORY) for snapshot in complete}.union(self.stored)
-        return any(source.id.step <= step for source in known - self.refused)
+    def newest_until(self, step: int, complete: Iterable[Snapshot]) -> CheckpointId | None:
+        """Return the newest that can be offered and is no newer than `step`; `complete` are those in memory."""
+        known = {Source(snapshot.id, MEMORY) for snapshot in complete}.union(self.stored) - self.refused
+        return max((source.id for source in known if source.id.step <= step), default=None)
+
+    def newest_before(self, checkpoint: CheckpointId, complete: Iterable[Snapshot]) -> CheckpointId | None:
+        """Return the newest that can be offered and is of an earlier step than `checkpoint`."""
+        return self.newest_until(checkpoint.step - 1, complete)
 
     def drop(self, source: Source) -> None:
         """Forget a copy that is damaged; other copies of the same checkpoint stay."""

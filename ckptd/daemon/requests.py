@@ -11,7 +11,7 @@ from ckptd.core import events as e
 from ckptd.core.job_states import JobState
 from ckptd.daemon.ranks import Rank
 from ckptd.daemon.supervisor import Supervisor
-from ckptd.errors import AgentError, CkptdError, ProtocolError, from_json
+from ckptd.errors import AgentError, CkptdError, NotFoundError, ProtocolError, from_json
 from ckptd.protocol import messages as m
 from ckptd.types import CheckpointId, RaisedException
 
@@ -90,17 +90,28 @@ async def control(job: Supervisor, message: m.Control) -> dict[str, Any]:
         case "checkpoint":
             return await _checkpoint(job, wait=message.wait)
         case "stop":
-            job.feed(e.StopWanted(_STOP_GRACE_S))
+            job.stop(_STOP_GRACE_S)
             if message.wait:
                 end = await asyncio.shield(job.ended)
                 return {"job": job.config.name, "outcome": end.outcome}
             return {"job": job.config.name, "outcome": "stopping"}
         case "restart":
-            if job.machine.state not in (JobState.STARTING, JobState.RUNNING):
-                raise AgentError(f"job {job.config.name} is {job.machine.state.value}: there is nothing to restart")
-            job.feed(e.RestartWanted())
-            return {"job": job.config.name}
+            return _restart(job, message.step)
     raise AgentError(f"unknown request {message.verb!r}")
+
+
+def _restart(job: Supervisor, step: int | None) -> dict[str, Any]:
+    machine = job.machine
+    if machine.state not in (JobState.STARTING, JobState.RUNNING, JobState.BACKOFF):
+        raise AgentError(f"job {job.config.name} is {machine.state.value}: there is nothing to restart")
+    begins = None if step is None else machine.offers.newest_until(step, machine.keeper.book.complete)
+    if step is not None and begins is None:
+        raise NotFoundError(
+            f"job {job.config.name} has no checkpoint at step {step} or before it that it could begin with",
+            hint=f"`ckptctl ls {job.config.name}` lists what there is; the job goes on",
+        )
+    job.feed(e.RestartWanted(step))
+    return {"job": job.config.name, "step": None if begins is None else begins.step}
 
 
 async def _checkpoint(job: Supervisor, *, wait: bool) -> dict[str, Any]:

@@ -19,19 +19,20 @@ from ckptd.config import JobConfig
 from ckptd.coordination.coordinator import Coordinator
 from ckptd.core import events as e
 from ckptd.core.job import JobMachine, JobSpec, Now
-from ckptd.core.job_states import TERMINAL
+from ckptd.core.job_states import TERMINAL, JobState
 from ckptd.core.policy.restart import RestartPolicy
 from ckptd.core.prune_events import Collect, MakeRoom, Prune
 from ckptd.core.scrub_events import Mend, Scrub
 from ckptd.daemon.arena import Arena, Budget
 from ckptd.daemon.attendance import Attendance
 from ckptd.daemon.checkpoints import Checkpoints
+from ckptd.daemon.living import boot_id
 from ckptd.daemon.processes import Processes
 from ckptd.daemon.resuming import OpenTier
 from ckptd.daemon.status import show
 from ckptd.daemon.tiers import spec_of, teller
 from ckptd.errors import AgentError, CkptdError, unreachable
-from ckptd.journal import Journal, entry_now
+from ckptd.journal import Journal, Life, entry_now
 from ckptd.log import Logger
 from ckptd.tiers import JobTier
 from ckptd.types import RaisedException
@@ -53,6 +54,8 @@ class Services:
     pid: int
     logger: Logger
     open_tier: OpenTier
+    service: bool = False
+    """Whether the agent is a service: the next one goes on with its supervised jobs, however this one ends."""
 
 
 class Supervisor:
@@ -66,6 +69,8 @@ class Supervisor:
         self.processes = processes
         self.stopping = False
         """Whether it was told to stop already."""
+        self.leaving = False
+        """Whether it is stopped because its agent is, and not for its own sake."""
         self._services = services
         self._log = services.logger.bind(job=config.name)
         self._arena = Arena(config.name, services.budget, config.slots)
@@ -91,7 +96,7 @@ class Supervisor:
             supervised=config.supervised,
             slots=config.slots,
             tiers=tuple(map(spec_of, tiers)),
-            restart=RestartPolicy(config.max_restarts),
+            restart=RestartPolicy(config.max_restarts, config.restart_window_s),
         )
         self.machine = JobMachine(spec, services.journal.next_incident(config.name))
         self.attendance = Attendance(
@@ -132,6 +137,7 @@ class Supervisor:
     def stop(self, grace_s: float, *, checkpoint: bool = True) -> None:
         """Stop the job on purpose: with a last checkpoint within `grace_s`, or at once."""
         self.stopping = True
+        self.write_down()  # it must not come back if the agent ends meanwhile
         self.feed(e.StopWanted(grace_s, checkpoint))
 
     def raised(self, pid: int, number: int, generation: int, exception: RaisedException) -> None:
@@ -282,8 +288,17 @@ class Supervisor:
         """Write the job's state to the journal."""
         self._journaled_at_s = time.monotonic()
         services = self._services
-        entry = entry_now(self.config.name, self.config.to_json(), self.status(), services.pid, services.socket)
+        entry = entry_now(
+            self.config.name, self.config.to_json(), self.status(), services.pid, services.socket, self._life()
+        )
         self._journal(lambda: services.journal.write_job(entry))
+
+    def _life(self) -> Life:
+        state = self.machine.state
+        over = state in TERMINAL and (not self.leaving or state is JobState.FINISHED)
+        comes_back = self._services.service and self.config.supervised and not (self.stopping or over)
+        launcher = (0, 0) if self.processes is None else self.processes.launcher
+        return Life(comes_back, boot_id(), *launcher)
 
     def _journal(self, write: Callable[[], None]) -> None:
         """Write to the journal; a full state folder costs memory of the past, not the training."""

@@ -229,11 +229,15 @@ class Status(Message):
 
 
 class Control(Message):
-    """Ask a job to do something: `verb` is "checkpoint", "stop" or "restart"."""
+    """Ask a job to do something: `verb` is "checkpoint", "stop" or "restart".
+
+    A restart with `step` begins with the newest checkpoint that is no newer.
+    """
 
     job: str
     verb: str
     wait: bool = True
+    step: int | None = None
 
 
 # --- agent ↔ launcher -----------------------------------------------------------------------------------------

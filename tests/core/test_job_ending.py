@@ -129,7 +129,7 @@ def test_the_end_waits_for_what_memory_holds():
     lines = job.all_die()
     assert job.state == "draining"
     assert not [line for line in lines if line.startswith("end")]
-    verdict = "failure number 1, and max_restarts is 0: signal 9"
+    verdict = "failure number 1 within 1 d, and max_restarts is 0: rank 0 was killed by signal 9"
     assert job.committed("g1/s10")[-1] == f"end failed: JobFailedError: {verdict}"
 
 

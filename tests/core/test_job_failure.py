@@ -140,7 +140,7 @@ def test_three_same_exceptions_fail_the_job_with_their_verdict(job):
         job.up_to_training(generation)
         job.exited(0, raised(0, "nan"))
         lines = job.die(1) + job.wait(100)
-    verdict = "the same failure 3 times in a row at step 1: ValueError: nan"
+    verdict = "the same failure 3 times in a row at step 1: rank 0 raised ValueError"
     assert f"end failed: JobFailedError: {verdict}" in lines
     assert job.state == "failed"
     assert job.incidents[3].decision == f"give up: {verdict}"
@@ -259,3 +259,35 @@ def test_a_claim_may_get_a_higher_number(captured):
     captured.up_to_training(7, first_step=11, restores=True)
     captured.all_die()
     assert captured.effects[-1].at_least == 8
+
+
+def test_a_failure_that_comes_again_steps_back_one_checkpoint(captured):
+    """Proves the guard in the machine: third time from an older checkpoint, what is newer is left; then given up."""
+    captured.capture(20, 1)
+    captured.committed("g1/s20")
+
+    def fails() -> list[str]:
+        captured.exited(0, raised(0, "nan"))
+        return captured.die(1) + captured.wait(100)
+
+    fails()
+    for generation in (2, 3, 4):
+        captured.up_to_training(generation, first_step=21, restores=True)
+        lines = fails()
+    assert lines[-1] == "fetch g1/s10"
+    captured.fetched("g1/s10")
+    captured.up_to_training(5, first_step=21, restores=True)
+    assert any(line.startswith("end failed: JobFailedError: the same failure 4 times in a row") for line in fails())
+
+
+def test_an_operator_ends_a_delay(job):
+    """Proves that a restart which somebody asks for during a back-off begins at once."""
+    job.begin()
+    job.store()
+    for generation in (1, 2):
+        job.up_to_training(generation)
+        job.all_die()
+    job.up_to_training(3)
+    assert job.all_die()[-1] == "log restart delayed"
+    job.feed(e.RestartWanted())
+    assert job.wait(0.05) == ["claim 4 after None"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.core.policy.restart import Failure, RestartPolicy, decide
+from ckptd.types import CheckpointId
 
 DIED = "signal 9"
 
@@ -38,7 +41,7 @@ def test_a_first_failure_is_restarted_at_once():
     """Proves the usual case and its words."""
     decision = decide([died(5, progressed=True)], RestartPolicy())
     assert (decision.restart, decision.delay_s, decision.verdict) == (True, 0.0, None)
-    assert decision.reasons == ("restart 1 of at most 100",)
+    assert decision.reasons == ("restart 1 of at most 100 within 1 d",)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +68,9 @@ def test_three_same_exceptions_are_a_bug_of_the_script():
     decision = decide([raised(5)] * 3, RestartPolicy())
     assert not decision.restart
     assert decision.verdict == "the same failure 3 times in a row at step 5: ValueError: nan"
-    assert decision.reasons == ("3 times is the limit for an exception without progress",)
+    assert decision.reasons == (
+        "3 times is the limit for an exception without progress, and there is no older checkpoint to try",
+    )
     assert decide([raised(5), raised(6), raised(5)], RestartPolicy()).restart
     assert decide([raised(5), raised(5, message="KeyError: 'x'"), raised(5)], RestartPolicy()).restart
     assert decide([raised(5), died(5, progressed=False), raised(5)], RestartPolicy()).restart
@@ -77,7 +82,57 @@ def test_deaths_get_more_chances_than_exceptions():
     assert decide(history[:4], RestartPolicy()).restart
     decision = decide(history, RestartPolicy())
     assert decision.verdict == "the same failure 5 times in a row at step 5: signal 9"
-    assert decision.reasons == ("5 times is the limit for a death without progress",)
+    assert decision.reasons == (
+        "5 times is the limit for a death without progress, and there is no older checkpoint to try",
+    )
+
+
+OLDER = CheckpointId(2, 40)
+
+
+@pytest.mark.parametrize(
+    ("history", "limit"), [([raised(50)], 3), ([died(50, progressed=False)], 5)], ids=["exception", "death"]
+)
+def test_a_failure_that_comes_again_is_met_from_an_older_checkpoint_before_giving_up(history, limit):
+    """Proves the guard: at the limit one step back, with its reason; once more the same, and the job is given up."""
+    before = decide(history * (limit - 1), RestartPolicy(), OLDER)
+    assert (before.restart, before.at_most_step) == (True, None)
+    back = decide(history * limit, RestartPolicy(), OLDER)
+    assert (back.restart, back.at_most_step) == (True, 40)
+    assert f"from g2/s40, since the same failure came {limit} times in a row at step 50" in back.reasons
+    last = decide(history * (limit + 1), RestartPolicy(), CheckpointId(2, 30))
+    assert not last.restart
+    assert last.verdict is not None
+    assert last.verdict.startswith(f"the same failure {limit + 1} times in a row at step 50")
+    assert last.reasons[0].endswith("and an older checkpoint ended the same way")
+
+
+def test_a_step_back_that_helped_starts_the_count_anew():
+    """Proves that a failure elsewhere after a step back is a new failure, which gets its own chances."""
+    history = [*[raised(50)] * 3, raised(45), raised(50)]
+    decision = decide(history, RestartPolicy(), OLDER)
+    assert (decision.restart, decision.at_most_step) == (True, None)
+
+
+def test_generations_that_lived_long_are_restarted_at_once():
+    """Proves that the delay is for quick deaths only: an hour without a new step is no reason to wait before trying."""
+    history = [replace(died(step, progressed=False), lived_s=3600.0) for step in range(4)]
+    assert decide(history, RestartPolicy(), OLDER).delay_s == 0.0
+    assert decide([*history, died(9, progressed=False)], RestartPolicy()).delay_s == 0.0
+    assert decide([*history, *[died(9, progressed=False)] * 2], RestartPolicy()).delay_s == 1.0
+
+
+def test_the_budget_counts_what_lies_within_its_window():
+    """Proves that failures of long ago are not held against a job, and that the reasons name the window."""
+    policy = RestartPolicy(max_restarts=2, window_s=3600.0)
+    old = [replace(died(step, progressed=True), at_s=float(step)) for step in range(5)]
+    recent = [replace(died(9, progressed=True), at_s=at_s) for at_s in (4000.0, 5000.0)]
+    decision = decide([*old, *recent], policy)
+    assert decision.restart
+    assert decision.reasons == ("restart 2 of at most 2 within 1 h",)
+    given_up = decide([*old, *recent, replace(died(9, progressed=True), at_s=7599.0)], policy)
+    assert given_up.verdict == "failure number 3 within 1 h, and max_restarts is 2: signal 9"
+    assert decide([*old, *recent, replace(died(9, progressed=True), at_s=7601.0)], policy).restart
 
 
 def test_the_budget_is_the_number_of_restarts():
@@ -85,7 +140,7 @@ def test_the_budget_is_the_number_of_restarts():
     history = [died(step, progressed=True) for step in range(3)]
     assert decide(history, RestartPolicy(max_restarts=3)).restart
     decision = decide(history, RestartPolicy(max_restarts=2))
-    assert decision.verdict == "failure number 3, and max_restarts is 2: signal 9"
+    assert decision.verdict == "failure number 3 within 1 d, and max_restarts is 2: signal 9"
     assert decision.reasons == ("the restart budget is used up",)
 
 
@@ -95,11 +150,13 @@ def test_a_refusal_ends_the_job_at_once():
     assert decide([refusal], RestartPolicy()).verdict == "layer 3 does not fit"
 
 
-@given(failures, st.integers(0, 15))
-def test_every_decision_has_its_reasons_and_bounds(history, max_restarts):
+@given(failures, st.integers(0, 15), st.one_of(st.none(), st.just(OLDER)))
+def test_every_decision_has_its_reasons_and_bounds(history, max_restarts, older):
     """Proves that a decision always says why, that a verdict goes with giving up, and that no delay is endless."""
     policy = RestartPolicy(max_restarts=max_restarts)
-    decision = decide(history, policy)
+    decision = decide(history, policy, older)
+    assert decision.at_most_step in (None, OLDER.step)
+    assert decision.at_most_step is None or (decision.restart and older is not None)
     assert decision.reasons
     assert (decision.verdict is None) == decision.restart
     assert 0.0 <= decision.delay_s <= policy.backoff_max_s

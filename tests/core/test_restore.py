@@ -197,9 +197,14 @@ def test_the_newest_that_a_restart_could_begin_with(at_most, newest):
     assert made.newest_on(TIER) == (None if newest is None else cid(newest))
 
 
-@pytest.mark.parametrize(("step", "there"), [(9, False), (10, True), (20, True), (25, True), (30, True)])
-def test_what_a_step_back_can_reach(step, there):
+@pytest.mark.parametrize(
+    ("step", "newest"), [(9, None), (10, "g1/s10"), (20, "g1/s20"), (25, "g1/s20"), (30, "g1/s30")]
+)
+def test_what_a_step_back_can_reach(step, newest):
     """Proves that a step back needs a stored checkpoint, or one complete in memory, that is old enough."""
     made = offers("g1/s20", "g1/s10")
     made.refused.add(Source(cid("g1/s5"), MEMORY))
-    assert made.reach(step, [sealed("g1/s30"), sealed("g1/s5")]) is there
+    complete = [sealed("g1/s30"), sealed("g1/s5")]
+    wanted = None if newest is None else cid(newest)
+    assert made.newest_until(step, complete) == wanted
+    assert made.newest_before(CheckpointId(3, step + 1), complete) == wanted

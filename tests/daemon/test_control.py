@@ -137,11 +137,13 @@ def test_stop_without_waiting(agent: AgentThread, training: Puppet, ask: Callabl
 
 
 def test_a_restart_of_a_supervised_job(node: Node, agent: AgentThread, ask: Callable[..., Future[Any]]) -> None:
-    """`restart` begins a new generation of a supervised job, with an incident that says that it was asked for."""
+    """`restart` begins a new generation and an incident says who asked; from a step that isn't there it is refused."""
     config = supervised(node)
     assert ask(m.Submit(config.to_json())).result() == {"job": "job"}
     before = until(lambda: agent.status()["ranks"][0]["pid"], "the first rank")
-    assert ask(m.Control("job", "restart")).result() == {"job": "job"}
+    with pytest.raises(NotFoundError, match="job job has no checkpoint at step 9 or before it"):
+        ask(m.Control("job", "restart", step=9)).result()
+    assert ask(m.Control("job", "restart")).result() == {"job": "job", "step": None}
     until(lambda: agent.status()["ranks"][0]["pid"] not in (None, before), "the second rank")
     assert agent.status()["generation"] == 2
     assert [incident["cause"] for incident in node.incidents()] == ["a restart was asked for"]

@@ -160,6 +160,12 @@ def test_the_running_job_answers_too(light: World) -> None:
     world.until_training("train", step + 1, generation=2)
     (incident,) = world.incidents("train")
     assert incident["cause"] == "a restart was asked for"
+    assert "is committed" in world.ctl("checkpoint", "train").stdout
+    refused = world.ctl("restart", "train", "--from", "1")
+    assert (refused.returncode, refused.stderr.count("\n")) == (3, 2)
+    assert f"restarting from step {step};" in world.ctl("restart", "train", "--from", str(step)).stdout
+    world.until_training("train", step + 1, generation=3)
+    assert world.incidents("train")[-1]["restored"]["step"] == step
     assert world.ctl("stop", "train").stdout == "job train: stopped\n"
     world.finish(run, code=75)
 

@@ -48,6 +48,7 @@ def job(**changes: Any) -> JobConfig:
         ({"every_s": float("nan")}, "every is nan s"),
         ({"every_s": float("inf")}, "every is inf s"),
         ({"max_restarts": -1}, "max_restarts is -1"),
+        ({"restart_window_s": 0.0}, "restart_window is 0 s"),
         ({"slots": 0}, "slots is 0"),
         ({"slots": 9}, "slots is 9"),
         ({"flush_max_bytes_per_s": -1}, "flush_max is -1 bytes per second"),
@@ -106,6 +107,7 @@ _TEXT = st.text(min_size=1, max_size=8)
         nproc=st.integers(1, MAX_NPROC),
         every_s=st.floats(0.001, 1e6),
         max_restarts=st.integers(0, 100),
+        restart_window_s=st.floats(0.001, 1e7),
         preload=st.lists(_TEXT, max_size=3).map(tuple),
         python=_TEXT,
         cwd=_TEXT,
@@ -203,6 +205,7 @@ def test_a_job_file(tmp_path: Path) -> None:
         every = "1m30s"
         keep_last = 5
         max_restarts = 7
+        restart_window = "2h"
         preload = ["torch", "numpy"]
         cwd = "sub"
         slots = 3
@@ -221,6 +224,7 @@ def test_a_job_file(tmp_path: Path) -> None:
         nproc=2,
         every_s=90.0,
         max_restarts=7,
+        restart_window_s=7200.0,
         preload=("torch", "numpy"),
         cwd=f"{tmp_path}/sub",
         slots=3,

@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # Tests start hundreds of processes: without bytecode each would compile ckptd anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-s3 test lint format chaos faults bench powercut crashmatrix clean venv
+.PHONY: demo demo-s3 test lint format chaos faulttable faults bench powercut crashmatrix clean venv
 
 venv: $(STAMP)
 
@@ -25,20 +25,28 @@ demo-s3: venv
 	PYTHONPATH=. $(BIN)/python examples/demo_s3.py
 
 test: venv lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not chaos and not faults and not cuda'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not chaos and not faults and not cuda and not systemd'
 
 lint: venv
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Real kills at random moments, longer than `make test` should take.
+# Random faults against a real job, and what must hold after each: make chaos ARGS="--faults 200"; see tests/chaos.
 chaos: venv
-	$(BIN)/python -m pytest -m chaos tests/chaos
+	$(BIN)/python -m tests.chaos.campaign $(ARGS)
+
+# Every way in which a job can fail, as a table: found after, steps lost, verdict.
+faulttable: venv
+	CKPTD_FAULT_TABLE=build/fault-table.md $(BIN)/python -m pytest -n 0 -s tests/faults
 
 # An object store that fails in every way: a proxy with faults before a real server, with stalls as long as real ones.
 faults: venv
 	$(BIN)/python -m pytest -m faults tests/object_store tests/end_to_end
+
+# The service under a systemd of its own: restarts, kills, hangs, stops and reboots while a job trains; needs root.
+systemd: venv
+	$(BIN)/python -m pytest -m systemd tests/systemd
 
 # What is committed survives power cuts of a QEMU guest: make powercut ARGS="--kills 3"; see tests/powercut/README.md.
 powercut: venv

@@ -11,16 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ckptd.core.policy.numbers import NumbersPolicy
 from ckptd.errors import ConfigError
+from ckptd.halt_config import HaltConfig, read_halt
+from ckptd.numbers_config import read_numbers
 from ckptd.places import absolute_store
 from ckptd.protocol import endpoint
 from ckptd.storage.keys import check_job
 from ckptd.store_config import DEFAULT_KEEP_LAST, StoreConfig, absolute_stores, read_stores, split_place
 from ckptd.units import parse_duration, parse_size
+from ckptd.watch_config import HangConfig, StragglerConfig, read_hang, read_straggler
 
 DEFAULT_PRELOAD = ("torch",)
 MAX_NPROC = 1024
 OVERLAPS = ("auto", "on", "off")
+AGENT_LOSSES = ("keep", "end")
 _EXAMPLE = 'a job looks like: command = ["train.py", "--steps", "10"], store = "runs", nproc = 2, every = "30s"'
 _ORIGIN_EXAMPLE = "write PLACE/JOB, like s3://bucket/runs/gpt or ./runs/gpt"
 
@@ -103,6 +108,24 @@ class JobConfig:
     """What it begins with when its own stores hold no checkpoint of it."""
     resume_step: int | None = None
     """Which step of that; None for the newest."""
+    on_agent_loss: str | None = None
+    """Whether launcher and ranks "keep" training for the next agent when theirs dies, or "end".
+
+    None: as the agent has it, which is to keep for a service, and else to end.
+    """
+    check_wait_s: float = 300.0
+    """How long a start waits for its node to be fit before the job is given up."""
+    agent_wait_s: float = 600.0
+    """How long they go on without one."""
+    chaos: bool = False
+    """Whether `ckptctl chaos` may do it harm."""
+    hang: HangConfig | None = field(default_factory=HangConfig)
+    """How long a rank may go without a sign of life; None: as long as it likes."""
+    straggler: StragglerConfig = field(default_factory=StragglerConfig)
+    numbers: NumbersPolicy = field(default_factory=NumbersPolicy)
+    """What is made of the numbers that ranks report."""
+    halt: HaltConfig = field(default_factory=HaltConfig)
+    """When it stops by itself, and how long a stop may take."""
 
     def __post_init__(self) -> None:
         """Refuse what can't run, before anything is started."""
@@ -117,6 +140,10 @@ class JobConfig:
             f"flush_max is {self.flush_max_bytes_per_s} bytes per second",
             "0 means that flushes are not bounded",
         )
+        known = (None, *AGENT_LOSSES)
+        _require(self.on_agent_loss in known, f"on_agent_loss is {self.on_agent_loss!r}", "use keep or end")
+        _require(0 < self.check_wait_s < math.inf, f"check_wait is {self.check_wait_s:g} s", 'write it like "5m"')
+        _require(0 < self.agent_wait_s < math.inf, f"agent_wait is {self.agent_wait_s:g} s", 'write it like "10m"')
         _require(self.overlap in OVERLAPS, f"overlap is {self.overlap!r}", f"use {', '.join(OVERLAPS[:-1])} or off")
         _require(bool(self.stores), "no store is named", "say where checkpoints go, like --store ./runs")
         step = self.resume_step
@@ -137,6 +164,10 @@ class JobConfig:
         data = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         data["store"] = [store.to_json() for store in data.pop("stores")]
         data["env"] = dict(self.env)
+        data["hang"] = False if self.hang is None else self.hang.to_json()
+        data["straggler"] = self.straggler.to_json()
+        data["numbers"] = dataclasses.asdict(self.numbers)
+        data["halt"] = self.halt.to_json()
         if self.resume_from is not None:
             data["resume_from"] = self.resume_from.to_json()
         return {key: value for key, value in data.items() if value is not None}
@@ -152,8 +183,9 @@ class JobConfig:
             _require(key in data, f"the job's settings lack {key!r}", _EXAMPLE)
         values: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in data.items()}
         values["stores"] = read_stores(values.pop("store"), values.pop("keep_last", DEFAULT_KEEP_LAST))
-        if "resume_from" in values:
-            values["resume_from"] = read_origin(values["resume_from"])
+        for key, read in _READERS.items():
+            if key in values:
+                values[key] = read(values[key])
         return cls(**values)
 
 
@@ -168,6 +200,9 @@ def load_job_file(path: Path) -> JobConfig:
     data.setdefault("name", path.stem)
     if "every" in data:
         data["every_s"] = parse_duration(str(data.pop("every")), "every")
+    for key in ("agent_wait", "check_wait"):
+        if key in data:
+            data[f"{key}_s"] = parse_duration(str(data.pop(key)), key)
     if "restart_window" in data:
         data["restart_window_s"] = parse_duration(str(data.pop("restart_window")), "restart_window")
     if "flush_max" in data:
@@ -230,6 +265,14 @@ def _is_origin(value: object) -> bool:
     return isinstance(value, (str, dict))
 
 
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_hang(value: object) -> bool:
+    return value is False or isinstance(value, (str, dict))
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -269,5 +312,18 @@ _SHAPES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "overlap": ("text", _is_text),
     "resume_from": ("PLACE/JOB, or a table with that as its url", _is_origin),
     "resume_step": ("a whole number", _is_whole),
+    "on_agent_loss": ("text", _is_text),
+    "agent_wait_s": ("a number of seconds", _is_number),
+    "check_wait_s": ("a number of seconds", _is_number),
+    "chaos": ("true or false", _is_switch),
+    "hang": ("a table, or false", _is_hang),
+    "straggler": ("a table", _is_mapping),
+    "numbers": ("text or a table", _is_origin),
+    "halt": ("a table", _is_mapping),
 }
 """What each setting of a job looks like in JSON and TOML."""
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "resume_from": read_origin, "hang": read_hang, "straggler": read_straggler, "numbers": read_numbers,
+    "halt": read_halt,
+}  # fmt: skip
+"""What makes a value of those settings that are more than one."""

@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Never
 
+RESUMABLE = 75
+"""The exit code of a job that was stopped on purpose, and of its ranks: run the same command again and it goes on.
+
+It is EX_TEMPFAIL of sysexits.h, and no error has it.
+"""
+
 
 class CkptdError(Exception):
     """An operating error: one line that says what and where, and a hint that says what to do.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,49 @@ from ckptd.types import Incident
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     job TEXT PRIMARY KEY, config TEXT NOT NULL, status TEXT NOT NULL,
-    agent_pid INTEGER NOT NULL, agent_socket TEXT NOT NULL, updated_at REAL NOT NULL
+    agent_pid INTEGER NOT NULL, agent_socket TEXT NOT NULL, updated_at REAL NOT NULL, life TEXT NOT NULL DEFAULT '{}'
 );
 CREATE TABLE IF NOT EXISTS incidents (
     job TEXT NOT NULL, number INTEGER NOT NULL, incident TEXT NOT NULL, PRIMARY KEY (job, number)
 );
+CREATE TABLE IF NOT EXISTS comebacks (job TEXT PRIMARY KEY, attempts INTEGER NOT NULL);
 """
+_LIFE = "ALTER TABLE jobs ADD COLUMN life TEXT NOT NULL DEFAULT '{}'"
 _WAL_ATTEMPTS = 100
 _WAL_PAUSE_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """What the next agent has to know of a job to go on with it."""
+
+    comes_back: bool = False
+    """Whether a service that starts goes on with it: nobody has stopped the job itself, and it has not ended."""
+    boot_id: str = ""
+    """Of which boot of the node its processes are; those of another one are gone, whoever has their numbers now."""
+    launcher_pid: int = 0
+    """The process that is the ranks' parent; 0: there is none."""
+    launcher_started: int = 0
+    """When that process began, in the kernel's ticks since the boot: a number that was given anew has another one."""
+    incarnation: str = ""
+    """The name of this run of the job, by which its launcher and ranks are told from those of another one."""
+    ranks_started: dict[str, int] = field(default_factory=dict)
+    """When the process of each rank began, by its number."""
+    handover: dict[str, Any] = field(default_factory=dict)
+    """Where its machine was, as `core.handover` has it."""
+    slot_bytes: int = 0
+    """How much memory one slot of every rank takes together."""
+    left: str = ""
+    """How far the job was when its agent began to end together with it; "" while it does not."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that stands in the journal."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Life:
+        """Rebuild what `to_json` wrote, also by another version: what is missing is as if nothing were known."""
+        return cls(**{item.name: data[item.name] for item in fields(cls) if item.name in data})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +74,7 @@ class JobEntry:
     agent_pid: int
     agent_socket: str
     updated_at: float
+    life: Life = field(default_factory=Life)
 
 
 class Journal:
@@ -55,6 +91,7 @@ class Journal:
             _enter_wal(self._database)
             self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.executescript(_SCHEMA)
+            _extend(self._database)
         except (OSError, sqlite3.Error) as error:
             raise self._failed(error) from error
 
@@ -70,7 +107,7 @@ class Journal:
     def write_job(self, entry: JobEntry) -> None:
         """Write down a job's newest state."""
         self._execute(
-            "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
                 entry.job,
                 json.dumps(entry.config),
@@ -78,6 +115,7 @@ class Journal:
                 entry.agent_pid,
                 entry.agent_socket,
                 entry.updated_at,
+                json.dumps(entry.life.to_json()),
             ),
         )
 
@@ -90,11 +128,10 @@ class Journal:
         return self._read("ORDER BY updated_at DESC", ())
 
     def _read(self, clause: str, values: tuple[str, ...]) -> list[JobEntry]:
-        rows = self._execute(
-            f"SELECT job, config, status, agent_pid, agent_socket, updated_at FROM jobs {clause}",  # noqa: S608 - ours
-            values,
-        )
-        return [JobEntry(row[0], json.loads(row[1]), json.loads(row[2]), *row[3:]) for row in rows]
+        rows = self._execute(f"SELECT * FROM jobs {clause}", values)  # noqa: S608 - ours
+        return [
+            JobEntry(row[0], json.loads(row[1]), json.loads(row[2]), *row[3:6], *map(_life, row[6:])) for row in rows
+        ]
 
     def write_incident(self, incident: Incident) -> None:
         """Write down the newest form of an incident."""
@@ -113,9 +150,31 @@ class Journal:
         rows = self._execute("SELECT COALESCE(MAX(number), 0) FROM incidents WHERE job = ?", (job,))
         return int(rows[0][0]) + 1
 
+    def read_attempts(self) -> dict[str, int]:
+        """Return for each job how many agents in a row have ended soon after they brought it back."""
+        return dict(self._execute("SELECT job, attempts FROM comebacks", ()))
+
+    def write_attempts(self, job: str, attempts: int) -> None:
+        """Write that number down."""
+        self._execute("INSERT OR REPLACE INTO comebacks VALUES (?, ?)", (job, attempts))
+
     def close(self) -> None:
         """Close the file."""
         self._database.close()
+
+
+def _life(text: str) -> Life:
+    return Life.from_json(json.loads(text))
+
+
+def _extend(database: sqlite3.Connection) -> None:
+    """Give a table that an older version has made the column that it lacks; one agent does, others wait for it."""
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        if "life" not in {row[1] for row in database.execute("PRAGMA table_info(jobs)")}:
+            database.execute(_LIFE)
+    finally:
+        database.execute("COMMIT")
 
 
 def _enter_wal(database: sqlite3.Connection) -> None:
@@ -144,6 +203,14 @@ def _open_for_reading(path: Path) -> sqlite3.Connection:
     return empty
 
 
-def entry_now(job: str, config: dict[str, Any], status: dict[str, Any], agent_pid: int, agent_socket: str) -> JobEntry:
+def entry_now(
+    job: str,
+    config: dict[str, Any],
+    status: dict[str, Any],
+    agent_pid: int,
+    agent_socket: str,
+    *,
+    life: Life | None = None,
+) -> JobEntry:
     """Return an entry stamped with the present."""
-    return JobEntry(job, config, status, agent_pid, agent_socket, time.time())
+    return JobEntry(job, config, status, agent_pid, agent_socket, time.time(), life or Life())

@@ -35,6 +35,8 @@ class CheckpointRecord:
     size_bytes: int
     shards: int
     world_size: int
+    health: str | None = None
+    """"healthy" or "suspect", as far as reports tell; None where they don't."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the stable shape of `ckptctl ls --json`."""
@@ -46,6 +48,7 @@ class CheckpointRecord:
             "size_bytes": self.size_bytes,
             "shards": self.shards,
             "world_size": self.world_size,
+            "health": self.health,
         }
 
 
@@ -127,6 +130,19 @@ class RaisedException:
 
 
 @dataclass(frozen=True, slots=True)
+class OomKill:
+    """That the kernel killed a process because memory had run out, and how that is known."""
+
+    said: str
+    """One line: what the kernel's log says of it, or which counter has moved."""
+    certain: bool
+    """Whether the kernel named the process; else a kill was counted in its cgroup, which may have been another's."""
+    cgroup: str | None = None
+    limit_bytes: int | None = None
+    """The tightest limit of that cgroup and those above it; None when there is none."""
+
+
+@dataclass(frozen=True, slots=True)
 class RankExit:
     """How one rank's process ended, as its parent saw it."""
 
@@ -139,6 +155,10 @@ class RankExit:
     exception: RaisedException | None = None
     last_lines: tuple[str, ...] = ()
     """The end of what the rank wrote to stderr."""
+    core_dumped: bool = False
+    """Whether the kernel wrote a core file, or gave it to the program that collects them."""
+    oom: OomKill | None = None
+    """Set when the kernel killed it for want of memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +175,10 @@ class Evidence:
     returncode: int | None = None
     exception: RaisedException | None = None
     fatal: bool = True
+    facts: tuple[str, ...] = ()
+    """What else is known, a line each, for whoever looks closer."""
+    step: int | None = None
+    """The step that failed, where that is known: a rank may have finished more when it is noticed."""
 
     @property
     def signature(self) -> str:
@@ -164,7 +188,8 @@ class Evidence:
         """
         if self.exception is not None:
             return f"{self.exception.type}: {_NUMBER.sub('#', self.exception.message)}"
-        return f"{self.kind} {self.signal if self.signal is not None else self.returncode}"
+        number = self.signal if self.signal is not None else self.returncode
+        return self.kind if number is None else f"{self.kind} {number}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +219,17 @@ class Incident:
     evidence_path: str | None = None
     """The folder with what was gathered of it, on the node where it happened."""
     closed: bool = False
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Incident:
+        """Rebuild what `to_json` wrote, also by another version: what is not known here is left out."""
+        known = cls.__dataclass_fields__
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in known
+        }
+        if values.get("exception") is not None:
+            values["exception"] = RaisedException.from_json(values["exception"])
+        return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
         """Return the stable shape of `ckptctl incidents --json`."""

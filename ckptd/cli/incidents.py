@@ -6,14 +6,23 @@ import argparse
 from typing import Any
 
 from ckptd.cli.common import known_job, open_journal, when, whole_number
-from ckptd.cli.render import show_fields, show_json, show_table
+from ckptd.cli.incident_text import restored, shorten, tell
+from ckptd.cli.render import show_json, show_table
 from ckptd.errors import NotFoundError
 from ckptd.units import show_duration
+
+_CAUSE_WIDTH = 60
 
 
 def register(verbs: Any) -> None:
     """Add the verb."""
-    parser = verbs.add_parser("incidents", help="what went wrong, and what it cost")
+    parser = verbs.add_parser(
+        "incidents",
+        help="what went wrong, and what it cost",
+        description="List what has gone wrong with a job, or tell one incident whole: which failure was the cause, why "
+        "ckptd decided as it did, which steps and seconds it cost and where the evidence lies, in less than 20 lines. "
+        "Of an exception the user's innermost frames are shown; the whole traceback is with the evidence.",
+    )
     parser.add_argument("job", metavar="JOB")
     parser.add_argument("number", nargs="?", metavar="N", help="one incident, whole")
     parser.add_argument(
@@ -39,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         show_json(incidents)
     elif number is not None:
-        _show_one(incidents[0])
+        print("\n".join(tell(incidents[0])))
     else:
         columns = "N> WHEN CAUSE STEP> LOST> RESTORED TOOK>"
         show_table(columns, [_row(item) for item in incidents], f"job {options.job} has had no incident")
@@ -51,39 +60,9 @@ def _row(item: dict[str, Any]) -> tuple[object, ...]:
     return (
         item["number"],
         when(item["failed_at"]),
-        item["cause"][:60],
+        shorten(item["cause"], _CAUSE_WIDTH),
         item["failed_step"],
         "-" if item["lost_steps"] is None else item["lost_steps"],
-        _restored(item),
+        restored(item),
         "-" if total is None else show_duration(total),
     )
-
-
-def _restored(item: dict[str, Any]) -> str:
-    restored = item["restored"]
-    if restored is not None:
-        return f"step {restored['step']} from {restored['tier']}"
-    return "-" if item["lost_steps"] is None else "fresh start"
-
-
-def _show_one(item: dict[str, Any]) -> None:
-    lost = "nothing restarted" if item["lost_steps"] is None else f"{item['lost_steps']} steps"
-    fields: list[tuple[str, object]] = [
-        ("incident", f"{item['number']} of job {item['job']}, {'closed' if item['closed'] else 'open'}"),
-        ("when", f"{when(item['failed_at'])}, at step {item['failed_step']} of generation {item['generation']}"),
-        ("cause", item["cause"]),
-        ("decision", item["decision"] or "not yet"),
-        ("because", "; ".join(item["reasons"]) or "-"),
-        ("restored", _restored(item)),
-        ("lost", lost),
-        ("took", ", ".join(f"{name} {show_duration(part)}" for name, part in item["seconds"].items()) or "-"),
-    ]
-    if item["consequences"]:
-        fields.append(("then", "; ".join(item["consequences"])))
-    show_fields(fields)
-    if item["exception"] is not None:
-        print(f"\n{item['exception']['traceback'].rstrip()}")
-    elif item["last_lines"]:
-        print("\nThe last lines that the rank wrote to stderr:")
-        for line in item["last_lines"][-8:]:
-            print(f"  {line}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from ckptd.cli.common import Copy, JobPlace, checkpoints, find_job, tell_unread, when
+from ckptd.cli.health import health_of, word
 from ckptd.cli.render import show_json, show_table
 from ckptd.errors import CkptdError, DamagedError, NotFoundError
 from ckptd.storage.catalog import in_parallel, listing, load_manifest
@@ -25,8 +27,9 @@ def register(verbs: Any) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="a list of {generation, step, tier, committed_at, size_bytes, shards, world_size}; size_bytes is what was "
-        "written for a checkpoint, without the unchanged tensors that it refers to",
+        help="a list of {generation, step, tier, committed_at, size_bytes, shards, world_size, health}; size_bytes is "
+        "what was written for a checkpoint, without the unchanged tensors that it refers to; health is healthy, "
+        "suspect (a bad number was reported after it) or null",
     )
     parser.set_defaults(verb=run)
 
@@ -38,13 +41,17 @@ def run(options: argparse.Namespace) -> int:
         _show_deleted(places, json=options.json)
         return 0
     unread: list[CkptdError] = []
-    found = in_parallel(_look, checkpoints(places, unread))
-    records = [item for item in found if isinstance(item, CheckpointRecord)]
+    copies = checkpoints(places, unread)
+    found = in_parallel(_look, copies)
+    health = health_of(places, {checkpoint: place for place, checkpoint in reversed(copies)})
+    records = [
+        dataclasses.replace(item, health=word(health, item.id)) for item in found if isinstance(item, CheckpointRecord)
+    ]
     damaged = [item for item in found if isinstance(item, DamagedError)]
     if options.json:
         show_json([record.to_json() for record in records])
     else:
-        columns = "STEP> GENERATION> TIER COMMITTED SIZE> SHARDS>"
+        columns = "STEP> GENERATION> TIER COMMITTED SIZE> SHARDS> HEALTH"
         rows = [
             (
                 item.id.step,
@@ -53,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
                 when(item.committed_at),
                 show_size(item.size_bytes),
                 item.shards,
+                item.health or "-",
             )
             for item in records
         ]

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from ckptd.cli import (
+    chaos,
     checkpoint,
     export,
+    halt,
     import_,
     incidents,
     ls,
@@ -27,7 +29,10 @@ from ckptd.cli import (
 from ckptd.errors import CkptdError, ConfigError
 from ckptd.version import __version__
 
-_VERBS = (run, submit, status, ls, show, verify, export, import_, tag, prune, incidents, checkpoint, restart, stop)
+_VERBS = (
+    *(run, submit, status, ls, show, verify, export, import_, tag, prune, incidents, checkpoint, restart, stop, halt),
+    chaos,
+)
 _INTERRUPTED = 130
 _EPILOG = """\
 Exit codes: 0 done, 1 other error, 2 unusable arguments, 3 no such job or checkpoint, 4 store, 5 damaged data,

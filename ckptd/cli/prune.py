@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptd.cli.common import JobPlace, checkpoints, find_job, step_number, when
+from ckptd.cli.health import health_of
 from ckptd.cli.render import show_json, show_table
 from ckptd.core import lineage
 from ckptd.core.policy import retention
@@ -162,12 +163,15 @@ def _plan(
         checkpoints(places)  # says so, and which jobs there are
     line = lineage.candidates(parents, everywhere)
     needed_from = min((item.generation for item in everywhere), default=None) if whole else None
+    held_by = {checkpoint: place for place, item in zip(places, holdings, strict=True) for checkpoint in item.committed}
+    health = health_of(places, {checkpoint: held_by[checkpoint] for checkpoint in line})
     planned: list[_Planned] = []
     for place, config, is_alone, here in zip(places, configs, alone, holdings, strict=True):
         with_values = bool(config.keep_best or config.keep_every_s)
         held = catalog.held(place.tier, place.job, with_values=with_values)
         restorable = next((item for item in line if item in here.committed), None)
         in_use = {} if restorable is None else {restorable: "the newest that a restart can begin with"}
+        in_use |= health.needed(here.committed)
         verdicts = retention.judge(held, retention_of(config), in_use)
         needs = Needs(place.tier, place.job)
         needs.own(max(parents, default=0))

@@ -6,13 +6,21 @@ import argparse
 from typing import Any
 
 from ckptd.cli.common import find_job, pick, step_number, tell_unread, when
+from ckptd.cli.health import health_of, word
 from ckptd.cli.render import show_fields, show_json, show_table
+from ckptd.core.health import OWN
 from ckptd.errors import CkptdError
-from ckptd.storage.catalog import load_manifest
+from ckptd.storage.catalog import holdings, load_manifest
 from ckptd.storage.image import VALUES_NAME
 from ckptd.storage.keys import checkpoint_prefix
-from ckptd.storage.manifest import StoredTensor
+from ckptd.storage.manifest import Manifest, StoredTensor
 from ckptd.units import show_size
+
+_HEALTH = {
+    "healthy": "healthy, as far as was reported of later steps",
+    "suspect": "suspect: a bad number was reported after it",
+    None: "nothing was reported that tells",
+}
 
 
 def register(verbs: Any) -> None:
@@ -25,7 +33,7 @@ def register(verbs: Any) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="the manifest, format version 1, with {state_bytes, size_bytes, referred_tensors}",
+        help="the manifest, format version 1, with {state_bytes, size_bytes, referred_tensors, health}",
     )
     parser.set_defaults(verb=run)
 
@@ -33,14 +41,17 @@ def register(verbs: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Show one checkpoint."""
     unread: list[CkptdError] = []
-    place, chosen = pick(find_job(options.job, options.store), step_number(options.step), unread)[0]
+    places = find_job(options.job, options.store)
+    place, chosen = pick(places, step_number(options.step), unread)[0]
     tell_unread(unread)
+    beside = (item for item in holdings(place.tier, place.job).committed if item.generation >= chosen.generation)
+    health = word(health_of(places, dict.fromkeys({chosen, *beside}, place)), chosen)
     loaded = load_manifest(place.tier, place.job, chosen)
     tensors = {name: item for name, item in loaded.tensors.items() if name != VALUES_NAME}
     referred = sum(any(map(loaded.refers, item.chunks)) for item in tensors.values())
     if options.json:
         sizes = {"state_bytes": loaded.state_bytes, "size_bytes": loaded.size_bytes, "referred_tensors": referred}
-        show_json({**loaded.document, **sizes})
+        show_json({**loaded.document, **sizes, "health": health})
         return 0
     parent = loaded.parent
     began = "afresh" if parent is None else f"with step {parent.step} of generation {parent.generation}"
@@ -56,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
                 "tensors",
                 f"{len(tensors)}, of which {referred} lie in files that were written before or by another rank",
             ),
-            ("values", ", ".join(f"{name} {value:g}" for name, value in loaded.values.items()) or "none reported"),
+            ("values", ", ".join(f"{name} {value:g}" for name, value in _reported(loaded)) or "none reported"),
+            ("health", _HEALTH[health]),
             ("written by", f"ckptd {loaded.document['producer']['ckptd']}"),
         ]
     )
@@ -67,6 +79,11 @@ def run(options: argparse.Namespace) -> int:
         ]
         show_table("TENSOR DTYPE SHAPE OF CHUNKS>", rows, "no tensor")
     return 0
+
+
+def _reported(loaded: Manifest) -> list[tuple[str, float]]:
+    """Return what ranks have reported, without ckptd's own notes."""
+    return [(name, value) for name, value in loaded.values.items() if not name.startswith(OWN)]
 
 
 def _dtype(tensor: StoredTensor) -> str:

@@ -19,7 +19,7 @@ def register(verbs: Any) -> None:
         help="hand a job to the running daemon",
         description="Read a job from a TOML file and start it under the daemon. Keys: command (list), store, nproc, "
         "every, name, keep_last, max_restarts, restart_window, preload (list, or false), python, cwd, env (table), "
-        "slots, reuse_unchanged, flush_max, overlap, resume_from, resume_step.",
+        "slots, reuse_unchanged, flush_max, overlap, resume_from, resume_step, chaos, halt (table).",
     )
     parser.add_argument("file", metavar="JOB.toml")
     parser.set_defaults(verb=run)

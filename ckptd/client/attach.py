@@ -13,6 +13,7 @@ from ckptd.client.embedded import pick_framework, reach_agent
 from ckptd.client.framework import Framework, Membership
 from ckptd.client.guard import say
 from ckptd.client.overlap import SETTINGS
+from ckptd.client.reporting import SkipData
 from ckptd.client.run import Run, current_run
 from ckptd.client.session import Session
 from ckptd.errors import AgentError, CkptdError, ConfigError, ProtocolError, StateError
@@ -31,6 +32,9 @@ def attach(
     replicated: Sequence[str] | None = None,
     resume_from: str | None = None,
     resume_step: int | None = None,
+    numbers: str | Mapping[str, Any] | None = None,
+    skip_data: SkipData | None = None,
+    hang: Mapping[str, str | float] | str | bool | None = None,
     **state: Any,
 ) -> Run:
     """Attach this rank's training state to its job, and restore it when there is something to restore.
@@ -48,13 +52,23 @@ def attach(
     share of them. None leaves it to the framework to find what is certainly so (DistributedDataParallel, DTensor);
     your word is checked while the job runs, by comparing digests across ranks.
 
+    `numbers` says, where no supervisor does, which reported metric is watched and what follows from a bad value:
+    "warn" (the default), "step_back" or "off", or a table like {"policy": "step_back", "metric": "loss"}.
+    `skip_data(first, last)` is called after the restore, before the first step, once for each range of steps to come
+    that the job has stepped back from; the script is to train on nothing in these. `run.skipped` has the same steps.
+    `hang` says, where no supervisor does, how long a rank may go without a sign of life before it is killed: False for
+    as long as it likes, or a table like {"floor": "5s", "ceiling": "10m", "first": "10m"}, between which the limit is
+    learned. It is False for a process that no launcher has started (without `RANK`): nobody would start it again.
+
     Returns a `Run`, to be used as a context manager. Raises `ConfigError` for arguments that can't be used,
     `StateError` for state that can't be captured or does not fit what is restored, `DamagedError` when checkpoints
     exist and none can be read, `NotFoundError` when there is none to resume from, and `MemoryBudgetError` when the
     slots don't fit: all before the first step. An agent that can't be reached costs protection, not the training,
     unless `strict`.
     """
-    options = Options(job, store, every, strict, rng, overlap, replicated, resume_from, resume_step)
+    options = Options(
+        job, store, every, strict, rng, overlap, replicated, resume_from, resume_step, numbers, skip_data, hang
+    )
     return begin(options).attach(**state)
 
 
@@ -70,12 +84,15 @@ class Options(NamedTuple):
     replicated: Sequence[str] | None
     resume_from: str | None
     resume_step: int | None
+    numbers: str | Mapping[str, Any] | None
+    skip_data: SkipData | None
+    hang: Mapping[str, str | float] | str | bool | None
 
 
 def begin(options: Options) -> Run:
     """Return a run whose objects are still to be attached; `@resumable` hands it to the decorated function."""
     _refuse_a_second_run()
-    run = Run(strict=options.strict, overlap=_overlap(options.overlap))
+    run = Run(strict=options.strict, overlap=_overlap(options.overlap), skip_data=options.skip_data)
 
     def bind(state: dict[str, Any]) -> None:
         _refuse_a_second_run()
@@ -83,8 +100,9 @@ def begin(options: Options) -> Run:
         session: Session | None = None
         try:
             place = _place(options.job)
-            channel, welcome = reach_agent(endpoint.socket_path(os.environ), may_start=not place.generation)
-            session = Session(channel)
+            path = endpoint.socket_path(os.environ)
+            channel, welcome = reach_agent(path, may_start=not place.generation, wait_s=place.agent_wait_s)
+            session = Session(channel, path)
             membership = Membership(place.rank, place.world_size, replicated)
             try:
                 target = pick_framework(welcome.frameworks)
@@ -95,7 +113,8 @@ def begin(options: Options) -> Run:
                 raise
         except (AgentError, ProtocolError) as error:
             unread = session is not None and session.offer is not None and run.restored is None
-            if options.strict or unread:  # to begin anew beside a checkpoint would be worse than to end
+            # To begin anew beside a checkpoint would be worse than to end; and who ends is started again.
+            if options.strict or unread or place.agent_wait_s:
                 raise
             say(f"{error}")
             say("training goes on UNPROTECTED: nothing will be checkpointed")
@@ -135,19 +154,25 @@ def _refuse_a_second_run() -> None:
 
 
 class _Place(NamedTuple):
-    """Which rank of which job this process is, as its environment says; `generation` is 0 without supervisor."""
+    """Which rank of which job this process is, as its environment says; `generation` is 0 without supervisor.
+
+    For `agent_wait_s` the job goes on without an agent, whose successor starts ranks again that have ended; 0: not at
+    all.
+    """
 
     job: str
     rank: int
     world_size: int
     generation: int
+    agent_wait_s: float
 
 
 def _place(job: str | None) -> _Place:
     generation = _number("CKPTD_GENERATION", 0)
     # A supervisor has named the job already, and its name holds.
     name = job if job and not generation else os.environ.get("CKPTD_JOB") or job or _script_name()
-    return _Place(name, _number("RANK", 0), _number("WORLD_SIZE", 1), generation)
+    wait_s = float(_number("CKPTD_AGENT_WAIT", 0)) if generation else 0.0
+    return _Place(name, _number("RANK", 0), _number("WORLD_SIZE", 1), generation, wait_s)
 
 
 def _number(variable: str, default: int) -> int:
@@ -171,7 +196,8 @@ def _join(
     run._binding = binding  # noqa: SLF001 - the same package, which ends it with the run
     binding.prepare(0)  # what can't be captured is refused now, not an interval into the training
     wanted = {} if place.generation else _wishes(options)
-    session.join(m.Join(place.job, place.rank, place.world_size, place.generation, wanted))
+    incarnation = os.environ.get("CKPTD_INCARNATION", "") if place.generation else ""
+    session.join(m.Join(place.job, place.rank, place.world_size, place.generation, wanted, incarnation))
     run._begin(session, binding, (place.job, place.rank))  # noqa: SLF001 - the same package
 
 
@@ -210,11 +236,19 @@ def _wishes(options: Options) -> dict[str, Any]:
         "store": absolute_store(named, here) if named else absolute_store("store", endpoint.home(environ)),
         "every_s": float(interval) if isinstance(interval, (int, float)) else parse_duration(interval, "every"),
     }
+    if environ.get("CKPTD_ALLOW_CHAOS") == "1":
+        wishes["chaos"] = True
     origin = options.resume_from or environ.get("CKPTD_RESUME_FROM")
     if origin:
         wishes["resume_from"] = absolute_store(origin, here)
     if options.resume_step is not None:
         wishes["resume_step"] = options.resume_step
+    if options.numbers is not None:
+        wishes["numbers"] = options.numbers if isinstance(options.numbers, str) else dict(options.numbers)
+    if options.hang is not None:
+        wishes["hang"] = dict(options.hang) if isinstance(options.hang, Mapping) else options.hang
+    elif "RANK" not in environ:
+        wishes["hang"] = False  # no launcher would start it again, and it may be a notebook or in a debugger
     return wishes
 
 

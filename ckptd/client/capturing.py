@@ -173,16 +173,36 @@ class Capturing:
         target.release()
         self._tell_missed(target.step, error)
 
+    def last(self, step: int) -> float:
+        """Capture the step at which the job stops, copied at the boundary; wait for a slot, and return the seconds."""
+        with self._telling(step):
+            self.settle()
+            with self._stalled(Phase.LEAVING):
+                target = self._target(step, patience_s=_FINAL_SLOT_DEADLINE_S)
+                target.image.write(target.view)
+                self._seal(target, waits_since_ns=target.begin_ns)
+        return (monotonic_ns() - target.begin_ns) / 1e9
+
     def finish(self, step: int) -> None:
         """Capture the last step, copied at the boundary, unless there is nothing to capture since the last time."""
         self.settle()
-        if step > self.captured_step and step > 0:
-            with self._stalled():
+        if (step > self.captured_step or self._source_lost) and step > 0:
+            with self._stalled(Phase.LEAVING):
                 target = self._target(step, patience_s=_FINAL_SLOT_DEADLINE_S)
                 target.image.write(target.view)
                 self._seal(target, waits_since_ns=target.begin_ns, final=True)
         elif self._last_seal is not None:
             self._seal_again(self._last_seal)
+
+    @property
+    def _source_lost(self) -> bool:
+        """Whether what was restored, and not captured since, may have been in the memory of a dead agent alone."""
+        return self._last_seal is None and self._session.replaced
+
+    def finish_again(self, step: int) -> None:
+        """Capture the last step for another agent than the one that has heard of its end, if that may lack it."""
+        if self._source_lost:
+            self.finish(step)
 
     def reserve(self, step: int) -> None:
         """Get slots that fit what would be captured now, unless the present ones do."""
@@ -207,6 +227,7 @@ class Capturing:
             self._session.tell(m.Request(step))  # a single slot holds what is committed until it is asked for
         while slot is None and monotonic_ns() - begin_ns < patience_s * 1e9:
             time.sleep(_POLL_S)
+            self._session.look()  # another agent may have to come first
             slot = self._session.free_slot(image.image_bytes)
         if slot is None:
             raise AgentError("every slot is busy")
@@ -245,10 +266,10 @@ class Capturing:
             self._session.tell(m.Missed(step, step, as_ckptd_error(error).to_json()))
 
     @contextlib.contextmanager
-    def _stalled(self) -> Iterator[None]:
+    def _stalled(self, phase: Phase = Phase.CAPTURING) -> Iterator[None]:
         """Show that training waits."""
         words = self._session.page.words
-        words[_PHASE] = Phase.CAPTURING
+        words[_PHASE] = phase
         try:
             yield
         finally:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ckptd.client.attach import Options, begin
+from ckptd.client.reporting import SkipData
 from ckptd.client.run import Run
 
 Parameters = ParamSpec("Parameters")
@@ -25,6 +26,9 @@ def resumable(
     replicated: Sequence[str] | None = None,
     resume_from: str | None = None,
     resume_step: int | None = None,
+    numbers: str | Mapping[str, Any] | None = None,
+    skip_data: SkipData | None = None,
+    hang: Mapping[str, str | float] | str | bool | None = None,
 ) -> Callable[[_Training[Parameters, Result]], Callable[Parameters, Result]]:
     """Decorate a training function, which gets a `Run` as its first argument and is called without it.
 
@@ -36,7 +40,9 @@ def resumable(
         @functools.wraps(train)
         def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
             name = job or train.__name__.replace("__", "-").strip("_-") or "train"
-            options = Options(name, store, every, strict, rng, overlap, replicated, resume_from, resume_step)
+            options = Options(
+                name, store, every, strict, rng, overlap, replicated, resume_from, resume_step, numbers, skip_data, hang
+            )
             with begin(options) as run:
                 return train(run, *args, **kwargs)
 

@@ -15,11 +15,19 @@ from ckptd.protocol.messages import Welcome
 
 _GREET_DEADLINE_S = 5.0
 _START_DEADLINE_S = 30.0
+_DIAL_EVERY_S = 0.1
 
 
-def reach_agent(path: str, *, may_start: bool) -> tuple[Channel, Welcome]:
-    """Return a channel to the agent at `path`; raises `AgentError` when there is none and none may be started."""
+def reach_agent(path: str, *, may_start: bool, wait_s: float = 0.0) -> tuple[Channel, Welcome]:
+    """Return a channel to the agent at `path`; raises `AgentError` when there is none and none may be started.
+
+    One that is to come back within `wait_s` is waited for.
+    """
+    end_s = time.monotonic() + wait_s
     found = _try(path)
+    while found is None and time.monotonic() < end_s:
+        time.sleep(_DIAL_EVERY_S)
+        found = _try(path)
     if found is not None:
         return found
     if not may_start:

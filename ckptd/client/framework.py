@@ -82,6 +82,19 @@ class PreparedImage(Protocol):
         ...
 
 
+class PendingNumber(Protocol):
+    """A number on its way from a device to main memory."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it is there; asking costs microseconds."""
+        ...
+
+    def value(self) -> float:
+        """Wait for it, and return it."""
+        ...
+
+
 class Binding(Protocol):
     """The user's named objects, bound once at attach."""
 
@@ -103,6 +116,21 @@ class Binding(Protocol):
         """Have `wait` called before every optimizer's step from now on, on the thread that steps.
 
         It is not called while a device itself orders the step after the copy.
+        """
+        ...
+
+    def number(self, value: object) -> PendingNumber | None:
+        """Have a reported number brought to main memory without waiting for the device that computes it.
+
+        None when `value` lies on no device: `float` reads it at once, if it is a number. Raises `TypeError` for what
+        can't be read like that.
+        """
+        ...
+
+    def count_waits(self, add: Callable[[int], None]) -> None:
+        """Have `add` told, in nanoseconds, how long this rank waits for other ranks, each time that it has waited.
+
+        Only where that is known for less than 2 µs a step; a framework that can't tell never calls it.
         """
         ...
 

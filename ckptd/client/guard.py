@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ckptd.errors import CkptdError
+from ckptd.errors import AgentError, CkptdError
 
 FAULTS_BEFORE_OPEN = 3
 Result = TypeVar("Result")
@@ -33,6 +33,10 @@ def attempt(what: str, work: Callable[..., object], *arguments: Any) -> None:
         say(f"{what} failed: {as_ckptd_error(error)}")
 
 
+class AgentAwayError(AgentError):
+    """What can't be done until another agent is there. It is no fault of anybody's, and counts as none."""
+
+
 class Guard:
     """Runs ckptd's own work inside training.
 
@@ -53,6 +57,9 @@ class Guard:
             return None
         try:
             result = work(*arguments)
+        except AgentAwayError as error:
+            say(f"{what} has to wait: {error}")
+            return None
         except Exception as error:  # the promise of this module
             if self.strict:
                 raise

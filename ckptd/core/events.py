@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ckptd.core.adopt_events import RankReturned, Recall, StoreUnread
+from ckptd.core.gate_events import CheckNode, NodeChecked
+from ckptd.core.halt_events import HaltWanted, Leave
+from ckptd.core.number_events import Marked, Reported
 from ckptd.core.prune_events import Collect, MakeRoom, Prune, Pruned, RoomMade
 from ckptd.core.restore import Source
 from ckptd.core.scrub_events import Mend, Mended, Scrub, Scrubbed
+from ckptd.core.watch_events import EndRanks, Gather, Gathered, Watched
 from ckptd.errors import CkptdError
 from ckptd.types import CheckpointId, Evidence, Held, Incident, RaisedException
 
@@ -207,10 +212,14 @@ class UploadFailed:
 
 @dataclass(frozen=True, slots=True)
 class StopWanted:
-    """Stop the job on purpose; with `checkpoint`, capture first and wait up to `grace_s` for the commit."""
+    """Stop the job on purpose, and be done within `grace_s`; with `checkpoint`, after a last capture.
+
+    Wanted again without `checkpoint`, ranks are ended and no upload is waited for; the third time nothing is.
+    """
 
     grace_s: float
     checkpoint: bool = True
+    reason: str = "somebody asked for it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +238,8 @@ Input = (
     StoreRead | SetupFailed | Fetched | FetchFailed | Claimed | RankSpawned | RankJoined | SlotsLent
     | RankRestored | RestoreFailed | RankStepped | Progress | RankSealed | CaptureMissed | CheckpointWanted
     | RankLeft | RankExited | LauncherExited | Committed | FlushFailed | UploadFailed | RoomMade | StopWanted
-    | RestartWanted | Pruned | Scrubbed | Mended | Tick
+    | HaltWanted | RestartWanted | Pruned | Scrubbed | Mended | NodeChecked | Tick
+    | Watched | Gathered | Reported | RankReturned | StoreUnread
 )  # fmt: skip
 
 # --- effects --------------------------------------------------------------------------------------------------
@@ -283,9 +293,13 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Announce:
-    """Write the step to capture next into every rank's control page; None withdraws it."""
+    """Write the step to capture next into every rank's control page; None withdraws it.
+
+    The ranks wait at the boundary of the `last` one, to be told to `Leave`.
+    """
 
     step: int | None
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,5 +371,6 @@ class End:
 Effect = (
     ReadStore | Fetch | Claim | Spawn | Admit | Whole | Announce | Release | Flush | Upload | Prune
     | Collect | MakeRoom | Kill | Dismiss
-    | Record | Log | End | Scrub | Mend
+    | Leave | Record | Log | End | Scrub | Mend | CheckNode
+    | Gather | EndRanks | Marked | Recall
 )  # fmt: skip

@@ -23,6 +23,8 @@ class Failing(Scrubbing):
         super().__init__(spec, first_incident)
         self._waiting: dict[int, int] = {}
         """Ranks of an attached job that have come before the end of their predecessors was seen: rank and pid."""
+        self._condemned = 0
+        """The generation that was ended for a bad number: nobody is let go of it to finish with what came of that."""
         self._warned_unprotected = False
         """Whether it was said that some ranks don't attach."""
 
@@ -43,8 +45,8 @@ class Failing(Scrubbing):
         if evidence is not None and self.state in LIVE:
             effects += self._fail(evidence, event.last_lines, now)
         elif evidence is not None and self.state is JobState.FENCED:
-            self.recovery.consequence(evidence)
-        elif evidence is not None and self.state is JobState.STOPPING and self._wake_at_s is not None:
+            effects += self.recovery.also_failed(evidence, event.last_lines)
+        elif evidence is not None and self.state is JobState.STOPPING and self._wake_at_s and not self._may_leave:
             effects += self._terminate(now)  # the others would wait for the dead one
         if self._nobody_left(generation):
             effects += self._all_gone(now)
@@ -67,9 +69,9 @@ class Failing(Scrubbing):
         generation = self.generation
         assert generation is not None
         self._move(JobEvent.FAIL)
-        effects = self.recovery.failed(generation, evidence, last_lines, now.s, now.wall)
-        effects += self.keeper.abandon("a rank died", now.s)
-        return effects if generation.all_in(generation.gone) else effects + self._kill()
+        kill = [] if generation.all_in(generation.gone) else self._kill()
+        effects = self.recovery.failed(generation, evidence, last_lines, now.s, now.wall, killed=bool(kill))
+        return effects + self.keeper.abandon("a rank died", now.s) + kill
 
     def _all_gone(self, now: Now) -> list[Effect]:
         match self.state:

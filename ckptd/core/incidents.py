@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ckptd.core.policy.restart import RestartDecision
 from ckptd.core.restore import Source
@@ -20,6 +21,7 @@ class OpenIncident:
 
     def __init__(self, incident: Incident, failed_s: float, detected_s: float) -> None:
         self.incident = incident
+        self._because: tuple[str, ...] = ()
         self._at_s: dict[str, float] = {"failed": failed_s, "detected": detected_s}
 
     @classmethod
@@ -41,18 +43,53 @@ class OpenIncident:
         )
         return cls(incident, evidence.at_s, now_s)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the form in which the next agent finds it."""
+        return {"incident": self.incident.to_json(), "at_s": dict(self._at_s)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> OpenIncident:
+        """Rebuild what `to_json` wrote."""
+        at_s = data["at_s"]
+        found = cls(Incident.from_json(data["incident"]), at_s["failed"], at_s["detected"])
+        found._at_s.update(at_s)
+        return found
+
     def mark(self, moment: str, now_s: float) -> None:
         """Note when a phase ended; the first time counts."""
         self._at_s.setdefault(moment, now_s)
 
-    def add_consequence(self, text: str) -> None:
-        """Note a rank that went down with the first one."""
-        self.incident = dataclasses.replace(self.incident, consequences=(*self.incident.consequences, text))
+    def change_cause(self, evidence: Evidence, last_lines: tuple[str, ...], reason: str) -> None:
+        """Take another failure for the cause, for that reason; what was taken for it is one of the consequences."""
+        self._because = (*self._because, reason)
+        self._at_s["failed"] = min(self._at_s["failed"], evidence.at_s)
+        self.incident = dataclasses.replace(
+            self.incident,
+            cause=evidence.summary,
+            kind=evidence.kind,
+            rank=evidence.rank,
+            signal=evidence.signal,
+            returncode=evidence.returncode,
+            exception=evidence.exception,
+            last_lines=last_lines,
+        )
+
+    def follow(self, consequences: Iterable[str]) -> None:
+        """Note what went down with the cause, in words."""
+        self.incident = dataclasses.replace(self.incident, consequences=tuple(consequences))
+
+    def gathered(self, path: str) -> None:
+        """Note where the evidence lies that was gathered of it."""
+        self.incident = dataclasses.replace(self.incident, evidence_path=path)
 
     def decide(self, decision: RestartDecision) -> None:
-        """Note what the restart policy says."""
+        """Note what the restart policy says; why this failure is the cause comes before it."""
         words = "restart the whole job" if decision.restart else f"give up: {decision.verdict}"
-        self.incident = dataclasses.replace(self.incident, decision=words, reasons=decision.reasons)
+        self.incident = dataclasses.replace(self.incident, decision=words, reasons=(*self._because, *decision.reasons))
+
+    def add_reason(self, reason: str) -> None:
+        """Note what else was decided, or waited for, and why."""
+        self.incident = dataclasses.replace(self.incident, reasons=(*self.incident.reasons, reason))
 
     def begin_again(self, source: Source | None) -> None:
         """Note what the next generation begins with."""

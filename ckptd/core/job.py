@@ -13,15 +13,22 @@ from __future__ import annotations
 import signal
 
 from ckptd.core import events as e
+from ckptd.core.adopt_events import RankReturned, StoreUnread
+from ckptd.core.adopting import Adopting
 from ckptd.core.ending import LIVE
 from ckptd.core.events import Effect, Log
-from ckptd.core.failing import Failing
+from ckptd.core.gate_events import NodeChecked
+from ckptd.core.gating import Gating
 from ckptd.core.generation import Generation
+from ckptd.core.halt_events import HaltWanted
 from ckptd.core.job_spec import JobSpec, Now
 from ckptd.core.job_states import TERMINAL, JobEvent, JobState
+from ckptd.core.number_events import Reported
+from ckptd.core.numbering import Numbering
 from ckptd.core.prune_events import Pruned, RoomMade
 from ckptd.core.restore import MEMORY, Source
 from ckptd.core.scrub_events import Mended, Scrubbed
+from ckptd.core.watch_events import Gathered, Watched
 from ckptd.errors import DamagedError
 
 __all__ = ["JobMachine", "JobSpec", "Now"]
@@ -29,11 +36,13 @@ __all__ = ["JobMachine", "JobSpec", "Now"]
 _UNPROTECTED_AFTER_S = 30.0
 
 
-class JobMachine(Failing):
+class JobMachine(Adopting, Numbering, Gating):
     """Supervises one job. Feed it every input in order; carry out the effects that it returns in order.
 
     What leads to a terminal state is in `Ending`, the choice of what to begin with in `Planning`, what is read again
-    meanwhile in `Scrubbing`, what follows a failure in `Failing`, the rest is here.
+    meanwhile in `Scrubbing`, what follows a failure in `Failing`, who counts as hung in `Watching`, what reported
+    numbers tell in `Numbering`, how it outlives its agent in `Adopting`, what it asks of its node in `Gating`,
+    the rest is here.
     """
 
     def __init__(self, spec: JobSpec, first_incident: int = 1) -> None:
@@ -42,7 +51,7 @@ class JobMachine(Failing):
     def handle(self, event: e.Input, now: Now) -> list[Effect]:
         """Take one input and return what has to be done about it."""
         if self.state in TERMINAL:
-            return []
+            return self._gathered(event, now) if isinstance(event, Gathered) else []
         match event:
             case e.Progress():
                 return self._progress(event, now)
@@ -58,6 +67,10 @@ class JobMachine(Failing):
                 return self._advanced(event, now)
             case e.RankExited():
                 return self._exited(event, now)
+            case Watched():
+                return self._watched(event, now)
+            case Reported():
+                return self._reported(event, now)
             case e.Tick():
                 return self._tick(now)
             case _:
@@ -96,12 +109,22 @@ class JobMachine(Failing):
                     self.suspect(Source(checkpoint, event.tier))
             case Scrubbed():
                 return self._scrubbed(event, now)
+            case NodeChecked():
+                return self._node_checked(event, now)
             case Mended():
                 return self._mended(event, now)
+            case RankReturned():
+                return self._returned(event, now)
+            case StoreUnread():
+                return self._store_unread(event, now)
             case e.LauncherExited():
                 return self._launcher_exited(event, now)
+            case Gathered():
+                return self._gathered(event, now)
             case e.StopWanted():
                 return self._stop(event, now)
+            case HaltWanted():
+                return self._halt_wanted(event)
             case e.RestartWanted():
                 return self._restart_wanted(event, now)
         return []
@@ -152,11 +175,6 @@ class JobMachine(Failing):
         self._note_training()
         return effects
 
-    def _note_training(self) -> None:
-        generation = self.generation
-        if generation and generation.all_in(generation.restored) and self.state is JobState.STARTING:
-            self._move(JobEvent.TRAINING)
-
     # --- training ---------------------------------------------------------------------------------------------
 
     def _advanced(self, event: e.RankRestored | e.RankStepped | e.RankLeft, now: Now) -> list[Effect]:
@@ -186,28 +204,21 @@ class JobMachine(Failing):
         for rank, step in event.steps.items():
             if rank in generation.joined:
                 generation.steps[rank] = max(step, generation.steps[rank])
-        wanted = self.state is JobState.RUNNING or (self.state is JobState.STOPPING and self.keeper.wished)
-        may_capture = generation.training and wanted
-        return self.keeper.observe(generation.steps, now.s, may_capture=may_capture)
+        wanted = self.state is JobState.STOPPING and self.keeper.wished and not self._may_leave
+        may_capture = generation.training and not self.adopting and (wanted or self.state is JobState.RUNNING)
+        self._near_the_last()
+        effects = self.keeper.observe(generation.steps, now.s, may_capture=may_capture)
+        return effects + self._halt_at_last(now)
 
     def _sealed(self, event: e.RankSealed, now: Now) -> list[Effect]:
         generation = self.generation
         if generation is None or event.rank not in generation.restored:
             return []  # what is complete has been restored by all: see core.snapshots
         generation.steps[event.rank] = max(event.step, generation.steps[event.rank])
-        return self.keeper.sealed(event, now.s, training=self.state in (*LIVE, JobState.STOPPING))
-
-    def _left(self, now: Now) -> list[Effect]:
-        """Dismiss the ranks once all have left and nothing waits for its commit."""
-        generation = self.generation
-        if generation is None:
-            return []
-        dismissed: list[Effect] = [e.Dismiss(rank) for rank in sorted(generation.left - generation.gone)]
-        if not generation.all_in(generation.left):
-            # Without the others nothing will be committed. That some don't attach at all has been said.
-            return dismissed if self._warned_unprotected and not generation.all_in(generation.joined) else []
-        effects = self.keeper.abandon("training ended before it", now.s)
-        return effects if self.keeper.unflushed and not self.keeper.hopeless else effects + dismissed
+        if self.patience is not None and not event.final:
+            self.patience.captured(event.capture_s)
+        effects = self.keeper.sealed(event, now.s, training=self.state in (*LIVE, JobState.STOPPING))
+        return effects + self._let_leave(now)
 
     def _storage_ended(self, event: e.Committed | e.FlushFailed | e.UploadFailed, now: Now) -> list[Effect]:
         match event:
@@ -218,6 +229,7 @@ class JobMachine(Failing):
                 if isinstance(event.error, DamagedError):
                     self.suspect(Source(event.id, self.keeper.tiers.first))
             case e.Committed():
+                self._measure(event)
                 effects = self._committed(event, now)
         if self.state is JobState.DRAINING:
             return effects + self._drain(now)
@@ -260,8 +272,10 @@ class JobMachine(Failing):
                 self._move(JobEvent.RETRY)
                 return effects + self._plan(now)
             if self.state is JobState.STOPPING:
-                return [*effects, Log("stop without checkpoint", level="warning"), *self._terminate(now)]
-        return effects + self._plan_again(now) + self._warn_unprotected(now) + self._scrub(now)
+                return effects + self._grace_over(now)
+        effects += self._halt(now)
+        effects += self._plan_again(now) + self._warn_unprotected(now) + self._scrub(now) + self._look_back(now)
+        return effects + self._watch(now)
 
     def _warn_unprotected(self, now: Now) -> list[Effect]:
         generation = self.generation

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ckptd.core.policy.halt import HaltPolicy
+from ckptd.core.policy.hang import HangPolicy
+from ckptd.core.policy.numbers import NumbersPolicy
 from ckptd.core.policy.restart import RestartPolicy
 from ckptd.core.policy.retention import RetentionPolicy
+from ckptd.core.policy.straggler import StragglerPolicy
 
 
 class Now(NamedTuple):
@@ -48,5 +52,17 @@ class JobSpec:
     slots: int = 2
     tiers: tuple[TierSpec, ...] = (TierSpec("local"),)
     restart: RestartPolicy = field(default_factory=RestartPolicy)
+    numbers: NumbersPolicy = field(default_factory=NumbersPolicy)
+    """What to make of the numbers that ranks report."""
     scavenge_s: float = 120.0
     """How long a job that was stopped or given up waits for a snapshot in memory to become durable."""
+    return_s: float = 600.0
+    """How long a rank that lives may take to come back to an agent that has taken its job over: a step, or a pause."""
+    check_wait_s: float = 300.0
+    """How long the job waits for its node to be fit before a generation starts."""
+    halt: HaltPolicy = field(default_factory=HaltPolicy)
+    """When it is to stop by itself."""
+    hang: HangPolicy | None = None
+    """How long a rank may go without a sign of life; None: as long as it likes."""
+    straggler: StragglerPolicy = field(default_factory=StragglerPolicy)
+    """When a rank holds up the others."""

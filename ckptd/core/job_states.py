@@ -27,6 +27,7 @@ class JobEvent(Enum):
     """What moves a job."""
 
     BEGIN = "begin"
+    ADOPT = "adopt"
     CLAIMED = "claimed"
     TRAINING = "training"
     FAIL = "fail"
@@ -46,7 +47,11 @@ TERMINAL = frozenset({JobState.FINISHED, JobState.FAILED, JobState.STOPPED})
 JOB_TABLE: TransitionTable[JobState, JobEvent] = TransitionTable(
     "job",
     {
-        JobState.PENDING: {JobEvent.BEGIN: JobState.PREPARING, JobEvent.STOP: JobState.STOPPING},
+        JobState.PENDING: {
+            JobEvent.BEGIN: JobState.PREPARING,
+            JobEvent.ADOPT: JobState.STARTING,
+            JobEvent.STOP: JobState.STOPPING,
+        },
         JobState.PREPARING: {
             JobEvent.CLAIMED: JobState.STARTING,
             JobEvent.STOP: JobState.STOPPING,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ckptd.core.adopt_events import HeldShard
 from ckptd.core.cadence import Cadence
 from ckptd.core.events import (
     Announce,
@@ -22,10 +23,11 @@ from ckptd.core.events import (
     UploadFailed,
     Whole,
 )
+from ckptd.core.health import Health
 from ckptd.core.job_spec import Now, TierSpec
 from ckptd.core.prune_events import RoomMade
 from ckptd.core.restore import Source
-from ckptd.core.snapshots import SealedShard, Snapshot, SnapshotBook, SnapshotEvent, SnapshotState
+from ckptd.core.snapshots import SealedShard, Slot, Snapshot, SnapshotBook, SnapshotEvent, SnapshotState
 from ckptd.core.tiers import Tiers
 from ckptd.errors import FullError
 from ckptd.types import CheckpointId, Held
@@ -57,36 +59,62 @@ class Counters:
 class Keeper:
     """Keeps the checkpoints of one job. Every method returns the effects to carry out, in order."""
 
-    def __init__(self, world_size: int, every_s: float, tiers: Sequence[TierSpec], slots_per_rank: int = 2) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        every_s: float,
+        tiers: Sequence[TierSpec],
+        slots_per_rank: int = 2,
+        healthy_after: int = 3,
+    ) -> None:
         self.book = SnapshotBook(world_size, slots_per_rank)
-        self.tiers = Tiers(tiers)
+        self.health = Health(healthy_after)
+        self.tiers = Tiers(tiers, self.health)
         self.every_s = every_s
         self.cadence = Cadence(every_s, 0.0)
         self.counters = Counters()
         self.generation = 0
         self.last_committed: Source | None = None
-        self._parents: dict[int, CheckpointId | None] = {}
+        self.parents: dict[int, CheckpointId | None] = {}
+        """What the generations of this run have begun with."""
         self._retry_flush_at_s = 0.0
         self._making_room = False
         self._no_room_for: CheckpointId | None = None
         """The last snapshot that was said to be skipped for want of room."""
         self._wished = False
         self._answer: CheckpointId | None = None
+        self._last: CheckpointId | None = None
+        self.ending = False
+        """Whether the next capture is to be the job's last, at which the ranks wait."""
+        self.last_step: int | None = None
+        """Which step that should be, when it matters."""
 
     def begin(self, generation: int, parent: CheckpointId | None, now_s: float) -> None:
         """Begin a generation; what older generations left in memory stays until something newer is complete."""
         self.generation = generation
-        self._parents[generation] = parent
+        self.parents[generation] = parent
+        self._last, self.ending, self.last_step = None, False, None
         self.cadence = Cadence(self.every_s, now_s)
         self.tiers.begin(generation, parent)
+        self.health.begin(generation, parent)
         if self._wished:
             self.cadence.hurry(now_s)
+
+    def adopt(self, shards: Mapping[Slot, HeldShard], trusted: Collection[CheckpointId], now_s: float) -> list[Effect]:
+        """Take in what slots hold that came from another agent; want a capture, which somebody may have asked for."""
+        disputed = self.book.adopt(shards, self.tiers.held[self.tiers.first], trusted, now_s)
+        for snapshot in self.book.complete:
+            self.health.sealed(snapshot.id)
+        self.want(now_s)
+        return [effect for item in disputed for effect in self._disputed(item, now_s)] + self._settle(now_s)
 
     def found(
         self, sources: Sequence[Source], held: Mapping[str, Iterable[Held]], unread: Collection[str] = ()
     ) -> None:
         """Take in what the tiers hold already."""
         self.tiers.found(sources, held, unread)
+        if not unread:
+            self._forget_health()
         if sources:
             self.last_committed = sources[0]
 
@@ -117,23 +145,37 @@ class Keeper:
         """Whether the ranks are on their way to a step to capture."""
         return bool(self.book.unsealed)
 
+    @property
+    def last_announced(self) -> bool:
+        """Whether the ranks are on their way to the job's last step."""
+        return self._last is not None and any(item.id == self._last for item in self.book.unsealed)
+
+    @property
+    def last_captured(self) -> bool:
+        """Whether the job's last snapshot is complete."""
+        snapshot = None if self._last is None else self.book.snapshots.get(self._last)
+        return snapshot is not None and snapshot.complete
+
     def observe(self, steps: Mapping[int, int], now_s: float, *, may_capture: bool) -> list[Effect]:
         """Take in the ranks' progress and announce the next capture when it is due."""
         self.cadence.observe(steps, now_s)
         if not may_capture or self.announced:
             return []
-        decision = self.cadence.decide(now_s, slots_free=self.book.can_capture())
+        waits = self.ending and self.book.slots_per_rank > 1  # at the last step the ranks wait for a slot
+        decision = self.cadence.decide(now_s, slots_free=waits or self.book.can_capture())
         released: list[Effect] = []
         if decision.step is not None or self._wished:  # who has no step left asks, and waits for a slot
             self.book.make_room()
             released = self._release()  # before the step is announced: a rank may be there at once
         if decision.step is not None:
-            snapshot = self.book.announce(CheckpointId(self.generation, decision.step), now_s)
+            step, self.last_step = max(decision.step, self.last_step or 0), None
+            snapshot = self.book.announce(CheckpointId(self.generation, step), now_s)
+            self._last = snapshot.id if self.ending else None
             if self._wished:
                 self._wished, self._answer = False, snapshot.id
             self.cadence.captured(now_s)
-            log = Log("capture announced", {"step": decision.step}, level="debug")
-            return [*released, Announce(decision.step), log]
+            log = Log("capture announced", {"step": step}, level="debug")
+            return [*released, Announce(step, last=self.ending), log]
         if decision.reason == "all slots are busy" and not self._wished:
             self.counters.skipped += 1
             self.cadence.captured(now_s)
@@ -156,6 +198,7 @@ class Keeper:
         snapshot = self.book.seal(checkpoint, event.rank, shard, now_s=now_s)
         snapshot.capture_s = max(snapshot.capture_s, event.capture_s)
         if snapshot.state is SnapshotState.SEALED:
+            self.health.sealed(checkpoint)
             self.cadence.met()
             effects.append(Announce(None))
         elif snapshot.state is SnapshotState.DISPUTED:
@@ -224,8 +267,9 @@ class Keeper:
 
     def order_of(self, snapshot: Snapshot) -> Flush:
         """Return what there is to know of a complete snapshot, as the order to flush it."""
-        parent = self._parents.get(snapshot.id.generation)
-        return Flush(snapshot.id, parent, snapshot.slots, snapshot.image_bytes, snapshot.values)
+        parent = self.parents.get(snapshot.id.generation)
+        values = {**snapshot.values, **self.health.notes()}
+        return Flush(snapshot.id, parent, snapshot.slots, snapshot.image_bytes, values)
 
     def tick(self, now_s: float) -> list[Effect]:
         """Retry what failed, when its time has come."""
@@ -258,7 +302,13 @@ class Keeper:
         }
         fields |= {name: value for name, value in snapshot.values.items() if name not in _TAKEN.union(fields)}
         pruned = self._prune(event.tier, restorable, now.s) if usable else []
+        self._forget_health()
         return [Log("checkpoint committed", fields), *skipped, *pruned, *self._settle(now.s)]
+
+    def _forget_health(self) -> None:
+        """Forget of which checkpoints the health is known that are nowhere any more."""
+        everywhere = {item for held in self.tiers.held.values() for item in held}
+        self.health.keep(everywhere.union(self.book.snapshots, (source.id for source in self.tiers.going)))
 
     def _prune(self, tier: str, restorable: CheckpointId | None, now_s: float) -> list[Effect]:
         return self.tiers.prune(tier, restorable) + self.tiers.collect(tier, now_s)

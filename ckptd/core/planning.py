@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ckptd.core import events as e
-from ckptd.core.ending import Ending
 from ckptd.core.events import Effect, Log
+from ckptd.core.halting import Halting
 from ckptd.core.job_spec import JobSpec, Now
 from ckptd.core.job_states import JobEvent, JobState
 from ckptd.core.prune_events import RoomMade
@@ -15,7 +15,7 @@ _CLAIM_RETRY_S = 5.0
 """How long a job waits that found no room for the record of its next generation, unless room is made before."""
 
 
-class Planning(Ending):
+class Planning(Halting):
     """The way of a job from nothing running to a claimed generation."""
 
     def __init__(self, spec: JobSpec, first_incident: int) -> None:
@@ -31,7 +31,7 @@ class Planning(Ending):
     def begin(self) -> list[Effect]:
         """Start the job: look what the tiers hold, then begin a generation with the best of it."""
         self._move(JobEvent.BEGIN)
-        self._scavenge_until_s, self._awaits_uploads = None, True  # it was not the end after all
+        self._scavenge_until_s, self._awaits_uploads, self.leave_by_s = None, True, None  # it was not the end after all
         return [e.ReadStore()]
 
     def _store_read(self, event: e.StoreRead, now: Now) -> list[Effect]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import signal
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from ckptd.core import events as e
 from ckptd.core.events import Effect, Log
 from ckptd.core.generation import Generation
 from ckptd.core.incidents import OpenIncident
+from ckptd.core.policy.cause import Failed, compare, consequence
 from ckptd.core.policy.restart import Failure, RestartDecision, RestartPolicy, decide
 from ckptd.core.restore import Source
+from ckptd.core.watch_events import Gather
 from ckptd.errors import CkptdError, from_json
-from ckptd.types import CheckpointId, Evidence, RaisedException
+from ckptd.types import CheckpointId, Evidence, Incident, RaisedException
 
+_SCRIPT_KINDS = ("nan", "spike")
 _REFUSALS = ("state", "config", "memory")
 
 
@@ -24,18 +29,54 @@ class Recovery:
         self.policy = policy
         self.restarts = 0
         self.incident: OpenIncident | None = None
+        self._closed: Incident | None = None
         self.refusal: CkptdError | None = None
         """The error of ckptd's own that the last failure was, when no restart can cure it."""
         self.exception: RaisedException | None = None
         """The exception of the last failure, for the command's last words."""
         self._failures: list[Failure] = []
+        self._cause: Failed | None = None
+        self._others: list[Failed] = []
+        """What else ended in the open incident, besides its cause."""
+        self._killed_s: float | None = None
+        """When ckptd ordered its kill of the ranks of the open incident."""
         self._on_purpose = False
         self._next_number = first_incident
 
+    def history(self) -> dict[str, Any]:
+        """Return what the next agent has to know of the failures so far."""
+        return {
+            "restarts": self.restarts,
+            "failures": [dataclasses.asdict(item) for item in self._failures],
+            "incident": None if self.incident is None else self.incident.to_json(),
+        }
+
+    def recall(self, history: Mapping[str, Any]) -> None:
+        """Go on from what `history` says."""
+        self.restarts = int(history.get("restarts", 0))
+        known = {item.name for item in dataclasses.fields(Failure)}  # another version may know more
+        self._failures = [
+            Failure(**{name: item[name] for name in known & item.keys()}) for item in history.get("failures", ())
+        ]
+        incident = history.get("incident")
+        self.incident = None if incident is None else OpenIncident.from_json(incident)
+
+    @property
+    def next_number(self) -> int:
+        """The number that the next incident will have."""
+        return self._next_number
+
     def failed(
-        self, generation: Generation, evidence: Evidence, last_lines: tuple[str, ...], now_s: float, now_wall: float
+        self,
+        generation: Generation,
+        evidence: Evidence,
+        last_lines: tuple[str, ...],
+        now_s: float,
+        now_wall: float,
+        *,
+        killed: bool = False,
     ) -> list[Effect]:
-        """Open an incident on the evidence that began it."""
+        """Open an incident on the evidence that began it; `killed` says that ckptd ends the other ranks now."""
         effects = self.close()  # it failed again before it had a commit
         step = generation.newest_step
         self.incident = OpenIncident.begin(
@@ -49,17 +90,20 @@ class Recovery:
             last_lines=last_lines,
         )
         self._next_number += 1
+        self._cause, self._others = Failed(evidence, last_lines), []
+        self._killed_s = now_s if killed else None
         self.exception = evidence.exception
         self.refusal = _refusal(evidence.exception)
         self._on_purpose = evidence.kind == "requested"
         if not self._on_purpose:
             before = self._failures[-1].step if self._failures else generation.first_step
+            failed_step = step if evidence.step is None else evidence.step
             self._failures.append(
                 Failure(
                     signature=evidence.signature,
-                    step=step,
-                    progressed=step > before,
-                    is_exception=evidence.exception is not None,
+                    step=failed_step,
+                    progressed=failed_step > before,
+                    by_script=_by_script(evidence),
                     refused=None if self.refusal is None else str(self.refusal),
                     at_s=now_s,
                     lived_s=now_s - generation.began_s,
@@ -69,11 +113,36 @@ class Recovery:
         fields = {"cause": evidence.summary, "rank": evidence.rank, "step": step}
         return [*effects, Log("rank failed", fields, level="error"), e.Record(self.incident.snapshot())]
 
-    def consequence(self, evidence: Evidence) -> None:
-        """Note a rank that went down after the first one; a SIGKILL is ours then, and must not read as a fault."""
-        if self.incident is not None:
-            ours = evidence.signal == signal.SIGKILL
-            self.incident.add_consequence(f"ckptd ended rank {evidence.rank}" if ours else evidence.summary)
+    def also_failed(self, evidence: Evidence, last_lines: tuple[str, ...] = ()) -> list[Effect]:
+        """Take in a rank that went down in the open incident: a consequence, or the cause that was not known yet."""
+        if self.incident is None or self._cause is None:
+            return []
+        newer = Failed(evidence, last_lines)
+        verdict = compare(self._cause, newer, self._killed_s)
+        changes = verdict.newer_is_cause and not self._on_purpose
+        self._others.append(self._cause if changes else newer)
+        if changes:
+            self._cause = newer
+        self.incident.follow(consequence(item, self._cause.evidence, self._killed_s) for item in self._others)
+        if not changes:
+            return []
+        self.incident.change_cause(evidence, last_lines, verdict.reason)
+        self.exception = evidence.exception
+        self.refusal = _refusal(evidence.exception)
+        self._failures[-1] = dataclasses.replace(
+            self._failures[-1],
+            signature=evidence.signature,
+            by_script=_by_script(evidence),
+            refused=None if self.refusal is None else str(self.refusal),
+            summary=evidence.summary,
+        )
+        fields = {"cause": evidence.summary, "rank": evidence.rank, "reason": verdict.reason}
+        record = self.incident.snapshot()
+        return [
+            Gather(record.number, record.generation, evidence),
+            Log("cause changed", fields, level="error"),
+            e.Record(record),
+        ]
 
     def decide(
         self, now_s: float, *, older: CheckpointId | None = None, damaged: bool = False
@@ -100,6 +169,40 @@ class Recovery:
             effects.append(e.Record(self.incident.snapshot()))
         return decision, effects
 
+    def waited(self, seconds: float, reason: str) -> list[Effect]:
+        """Note that the restart had to wait for the node, and why."""
+        if self.incident is None:
+            return []
+        self.incident.add_reason(f"it waited {seconds:.0f} s: {reason}")
+        return [e.Record(self.incident.snapshot())]
+
+    def refused(
+        self,
+        evidence: Evidence,
+        reasons: tuple[str, ...],
+        *,
+        generation: int,
+        step: int,
+        now_s: float,
+        now_wall: float,
+    ) -> list[Effect]:
+        """Note that no generation may begin: in the open incident, or in one of its own when nothing had failed."""
+        if self.incident is None:
+            self.incident = OpenIncident.begin(
+                self._next_number,
+                self.job,
+                generation,
+                evidence,
+                now_s=now_s,
+                failed_at=now_wall,
+                failed_step=step,
+                last_lines=(),
+            )
+            self._next_number += 1
+        decision = RestartDecision(restart=False, delay_s=0.0, reasons=reasons, verdict=evidence.summary)
+        self.incident.decide(decision)
+        return [e.Record(self.incident.snapshot())]
+
     def begins(self, offer: Source | None, now_s: float) -> list[Effect]:
         """Note that the next generation begins, and with what."""
         self.exception = self.refusal = None  # it was not the last word
@@ -109,6 +212,11 @@ class Recovery:
         self.incident.mark("ready", now_s)
         self.incident.begin_again(offer)
         return [e.Record(self.incident.snapshot())]
+
+    def kill_ordered(self, now_s: float) -> None:
+        """Note that ckptd ends the ranks of another launcher now: their ends follow from what was seen before."""
+        if self._killed_s is None:
+            self._killed_s = now_s
 
     def mark(self, moment: str, at_s: float) -> None:
         """Note that a phase of the recovery is over."""
@@ -142,7 +250,24 @@ class Recovery:
     def close(self) -> list[Effect]:
         """Close the incident, if one is open."""
         incident, self.incident = self.incident, None
-        return [] if incident is None else [e.Record(incident.snapshot(closed=True))]
+        if incident is None:
+            return []
+        self._closed = incident.snapshot(closed=True)
+        return [e.Record(self._closed)]
+
+    def gathered(self, number: int, path: str) -> list[Effect]:
+        """Note where the evidence of an incident lies, which may have been closed before everything was gathered."""
+        if self.incident is not None and self.incident.incident.number == number:
+            self.incident.gathered(path)
+            return [e.Record(self.incident.snapshot())]
+        if self._closed is None or self._closed.number != number:
+            return []
+        self._closed = dataclasses.replace(self._closed, evidence_path=path)
+        return [e.Record(self._closed)]
+
+
+def _by_script(evidence: Evidence) -> bool:
+    return evidence.exception is not None or evidence.kind in _SCRIPT_KINDS
 
 
 def _refusal(exception: RaisedException | None) -> CkptdError | None:

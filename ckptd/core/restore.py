@@ -137,6 +137,10 @@ class Offers:
             self.stored = [source for source in self.stored if source.id <= offer.id]
             self._leaving = {source for source in self._leaving if source.id <= offer.id}
 
+    def begin_afresh(self) -> None:
+        """Offer nothing of what there is: the next generation begins where the job did."""
+        self.stored, self._leaving, self.at_most_step = [], set(), None
+
     def add(self, source: Source) -> None:
         """Note a new copy."""
         self.stored = sorted({*self.stored, source}, key=self._order)

@@ -14,11 +14,12 @@ are announced only when every rank has finished a step. So nobody writes a slot 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from ckptd.core.adopt_events import HeldShard
 from ckptd.core.table import TransitionTable
 from ckptd.errors import invariant
 from ckptd.types import CheckpointId
@@ -47,6 +48,7 @@ class SnapshotEvent(Enum):
     FLUSH_FAILED = "flush failed"
     SUPERSEDE = "a newer one is complete"
     GIVE_UP = "its slots are needed"
+    FOUND = "found on a tier"
 
 
 SNAPSHOT_TABLE: TransitionTable[SnapshotState, SnapshotEvent] = TransitionTable(
@@ -59,6 +61,7 @@ SNAPSHOT_TABLE: TransitionTable[SnapshotState, SnapshotEvent] = TransitionTable(
         },
         SnapshotState.SEALED: {
             SnapshotEvent.FLUSH: SnapshotState.FLUSHING,
+            SnapshotEvent.FOUND: SnapshotState.COMMITTED,
             SnapshotEvent.SUPERSEDE: SnapshotState.SUPERSEDED,
         },
         SnapshotState.FLUSHING: {
@@ -188,6 +191,38 @@ class SnapshotBook:
             snapshot.move(SnapshotEvent.RANKS_DIFFER if differs else SnapshotEvent.ALL_SEALED)
             snapshot.sealed_at_s = now_s
         return snapshot
+
+    def adopt(
+        self,
+        shards: Mapping[Slot, HeldShard],
+        committed: Collection[CheckpointId],
+        trusted: Collection[CheckpointId],
+        now_s: float,
+    ) -> list[Snapshot]:
+        """Take in what slots hold that came from another agent: complete snapshots, of which some are `committed`.
+
+        Those in `trusted` that agent has found complete itself, before replicas differed. What some ranks have sealed
+        and others have not is void, unless it is their last and the others are on the way. Returns those whose ranks
+        differ.
+        """
+        for (rank, slot), item in shards.items():
+            snapshot = self.snapshots.setdefault(item.id, Snapshot(item.id, now_s))
+            snapshot.shards[rank] = SealedShard(slot, item.image_bytes, item.values, item.witness)
+            snapshot.capture_s = max(snapshot.capture_s, item.capture_s)
+            self._holds[(rank, slot)] = item.id
+        final = {item.id for item in shards.values() if item.final}
+        found = {item.id: self.snapshots[item.id] for item in shards.values()}.values()
+        for snapshot in found:
+            if len(snapshot.shards) == self.world_size:
+                unproven = self.whole and snapshot.shared_out and snapshot.id not in trusted
+                differs = snapshot.differing or unproven
+                snapshot.move(SnapshotEvent.RANKS_DIFFER if differs else SnapshotEvent.ALL_SEALED)
+                snapshot.sealed_at_s = now_s
+            elif snapshot.id not in final:
+                snapshot.move(SnapshotEvent.ABANDON)
+            if snapshot.state is SnapshotState.SEALED and snapshot.id in committed:
+                snapshot.move(SnapshotEvent.FOUND)
+        return [snapshot for snapshot in found if snapshot.state is SnapshotState.DISPUTED]
 
     def refuse(self, checkpoint: CheckpointId) -> None:
         """Never offer a snapshot again; its slots come back with release(), after a flush that reads them."""

@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptd.core.events import Effect, Log, Upload, UploadFailed
+from ckptd.core.health import Health
 from ckptd.core.job_spec import TierSpec
-from ckptd.core.policy import retention
+from ckptd.core.policy import halt, retention
 from ckptd.core.prune_events import Collect, MakeRoom, Prune
 from ckptd.core.restore import Source
 from ckptd.core.uploads import Uploads
@@ -34,8 +35,9 @@ class UploadCounters:
 class Tiers:
     """The tiers of one job, the first of which is where flushes go."""
 
-    def __init__(self, specs: Sequence[TierSpec]) -> None:
+    def __init__(self, specs: Sequence[TierSpec], health: Health) -> None:
         self.first = specs[0].name
+        self._health = health
         self.held: dict[str, dict[CheckpointId, Held]] = {spec.name: {} for spec in specs}
         """What is committed, by tier."""
         self.uploads = {spec.name: Uploads(spec.name, spec.backlog, spec.every_s) for spec in specs[1:]}
@@ -44,7 +46,7 @@ class Tiers:
         """Copies that were read again and found damaged, until they are mended."""
         self.mending: Source | None = None
         """The copy that is being mended: until that is done, it and what it is mended from stay."""
-        self._going: dict[Source, Held] = {}
+        self.going: dict[Source, Held] = {}
         """What was known of copies whose removal is under way."""
         self.counters = UploadCounters()
         self._parents: dict[int, CheckpointId] = {}
@@ -192,19 +194,19 @@ class Tiers:
                 in_use |= dict.fromkeys(queue.pinned, f"its upload to {queue.tier} is to come")
         if self.mending is not None:
             in_use[self.mending.id] = "it is being mended"
-        return in_use
+        return in_use | self._health.needed(item for item in self.held[tier] if Source(item, tier) not in self.damaged)
 
     def _let_go(
         self, tier: str, removed: Sequence[retention.Verdict]
     ) -> tuple[tuple[CheckpointId, ...], tuple[str, ...]]:
         for verdict in removed:
-            self._going[Source(verdict.id, tier)] = self.held[tier].pop(verdict.id)
+            self.going[Source(verdict.id, tier)] = self.held[tier].pop(verdict.id)
         return tuple(verdict.id for verdict in removed), tuple("; ".join(verdict.reasons) for verdict in removed)
 
     def pruned(self, tier: str, ids: Iterable[CheckpointId], left: Mapping[CheckpointId, tuple[str, ...]]) -> None:
         """Note the end of a prune. What is `left`, by the names it has got, is judged anew with the next one."""
         for checkpoint in ids:
-            item = self._going.pop(Source(checkpoint, tier), None)
+            item = self.going.pop(Source(checkpoint, tier), None)
             if item is not None and checkpoint in left:
                 self.held[tier].setdefault(checkpoint, replace(item, tags=left[checkpoint] or item.tags))
 
@@ -236,6 +238,12 @@ class Tiers:
         ids, reasons = self._let_go(tier, going)
         return MakeRoom(tier, ids, reasons, self._kept(tier))
 
+    def await_last(self, usual_s: Mapping[str, float], left_s: float) -> None:
+        """Keep the way free for the job's last checkpoint, on each tier where an older one would be in its way."""
+        for tier, queue in self.uploads.items():
+            if not halt.may_begin_upload(usual_s.get(tier), left_s):
+                queue.await_last()
+
     def hurry(self, now_s: float) -> None:
         """Have the last uploads done: the job is ending."""
         for queue in self.uploads.values():
@@ -245,6 +253,12 @@ class Tiers:
     def pending(self) -> bool:
         """Whether the newest checkpoint is still to come to some tier."""
         return any(queue.pending for queue in self.uploads.values())
+
+    @property
+    def left_behind_by(self) -> dict[str, tuple[CheckpointId, CheckpointId | None]]:
+        """Return, for each tier to which it is still to come, the newest checkpoint and the newest that is there."""
+        pending = {tier: queue.owed for tier, queue in self.uploads.items() if queue.pending}
+        return {tier: (owed, max(self.held[tier], default=None)) for tier, owed in pending.items() if owed is not None}
 
     @property
     def hopeless(self) -> list[str]:

@@ -39,6 +39,7 @@ class Uploads:
         self._due_at_s = 0.0
         self._retry_at_s = 0.0
         self._hurried = False
+        self._awaits_last = False
 
     def offer(self, checkpoint: CheckpointId) -> list[CheckpointId]:
         """Queue a checkpoint that was committed on the first tier; return those that are not uploaded because of it."""
@@ -63,7 +64,7 @@ class Uploads:
 
     def next(self, now_s: float) -> CheckpointId | None:
         """Return what should be uploaded now, if anything."""
-        due = now_s >= self._retry_at_s and (self._hurried or now_s >= self._due_at_s)
+        due = now_s >= self._retry_at_s and (self._hurried or now_s >= self._due_at_s) and not self._awaits_last
         return self._waiting[0] if due and self._waiting and self._running is None else None
 
     def begun(self, checkpoint: CheckpointId, now_s: float) -> None:
@@ -126,19 +127,29 @@ class Uploads:
 
     def hurry(self, now_s: float) -> None:
         """Let the last one go at once, interval or delay: the job is ending."""
+        self._awaits_last = False
         if not self._hurried:
             self._hurried = True
             self._retry_at_s = min(self._retry_at_s, now_s)
 
+    def await_last(self) -> None:
+        """Begin nothing until `hurry`, so that the job's last checkpoint finds the way free."""
+        self._awaits_last = True
+
     def calm_down(self) -> None:
         """Keep to the interval again: the job goes on after all."""
-        self._hurried = False
+        self._hurried = self._awaits_last = False
 
     @property
     def pinned(self) -> frozenset[CheckpointId]:
         """What must stay on the first tier, to be read from there."""
         running = () if self._running is None else (self._running,)
         return frozenset((*self._waiting, *running))
+
+    @property
+    def owed(self) -> CheckpointId | None:
+        """The newest of all that were offered, while it is not there."""
+        return self._owed
 
     @property
     def busy(self) -> bool:

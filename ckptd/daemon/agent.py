@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import traceback
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -15,15 +16,21 @@ from ckptd.config import AgentConfig, JobConfig
 from ckptd.coordination.coordinator import Lease
 from ckptd.coordination.embedded import EmbeddedCoordinator
 from ckptd.core import events as e
-from ckptd.daemon import requests
+from ckptd.core.policy.chaos import Fault
+from ckptd.daemon import chaos, requests
+from ckptd.daemon.adopting import Legacy, legacy_of, new_incarnation
 from ckptd.daemon.arena import Budget
+from ckptd.daemon.comeback import forget
+from ckptd.daemon.exits import Exits
+from ckptd.daemon.fdstore import FdStore
+from ckptd.daemon.offers import close_all
 from ckptd.daemon.processes import Processes
-from ckptd.daemon.ranks import Rank
+from ckptd.daemon.ranks import Rank, Terms
 from ckptd.daemon.server import Peer, Server
 from ckptd.daemon.supervisor import Services, Supervisor
 from ckptd.daemon.tiers import HOLD_PATIENCE_S, open_tiers, teller
 from ckptd.errors import AgentError, CkptdError, ConfigError, FencedError, NotFoundError
-from ckptd.journal import Journal
+from ckptd.journal import JobEntry, Journal
 from ckptd.launcher.command import plan_command
 from ckptd.log import get_logger
 from ckptd.plugin.manager import PluginManager
@@ -35,15 +42,25 @@ _STORAGE_THREADS = 4
 _ANSWER_S = 2.0
 _END_S = 10.0
 """After the grace time: for ranks to die and the last flush to come to its end."""
-_ANSWERED = (m.Join, m.Reserve, m.Open, m.Leave, m.Status, m.Submit, m.Control)
+_ANSWERED = (m.Join, m.Rejoin, m.Returned, m.Reserve, m.Open, m.Leave, m.Status, m.Submit, m.Control, m.Fault)
 CRASHED = 70
 """The exit code of an agent that met a bug of its own."""
 
 
 class Agent:
-    """Serves one socket. `on_agent_loss` is what launchers do when this process dies; see `Processes`."""
+    """Serves one socket. `on_agent_loss` is what launchers do when this process dies; see `Processes`.
 
-    def __init__(self, config: AgentConfig, *, foreground: bool, on_agent_loss: Literal["end", "keep"]) -> None:
+    Of a `service` the next agent goes on with the jobs that this one had.
+    """
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        *,
+        foreground: bool,
+        on_agent_loss: Literal["end", "keep"],
+        service: bool = False,
+    ) -> None:
         self.config = config
         self.jobs: dict[str, Supervisor] = {}
         self._foreground = foreground
@@ -51,10 +68,13 @@ class Agent:
         self._log = get_logger()
         self._leases: dict[str, Lease] = {}
         self._ranks: dict[Peer, tuple[Supervisor, Rank]] = {}
+        self._launchers: dict[Peer, Processes] = {}
+        """Those that have come back to this agent."""
         self._tasks: set[asyncio.Task[None]] = set()
         asyncio.get_running_loop().set_exception_handler(_crash)
         self.plugins = PluginManager(self._plugin_failed, config.blocked_plugins)
         self.journal = Journal(config.home)
+        self.kept = FdStore(os.environ if service else {}, os.getpid())
         self._services = Services(
             journal=self.journal,
             coordinator=EmbeddedCoordinator(config.home),
@@ -64,6 +84,11 @@ class Agent:
             pid=os.getpid(),
             logger=self._log,
             open_tier=self.plugins.open_tier,
+            home=config.home,
+            exits=Exits(self.plugins.evidence),
+            plugins=self.plugins,
+            kept=self.kept,
+            service=service,
         )
         frameworks = [
             {"name": item.name, "trigger": item.trigger, "target": item.target} for item in self.plugins.frameworks
@@ -78,6 +103,21 @@ class Agent:
 
     def submit(self, config: JobConfig) -> Supervisor:
         """Start a job; raises `CkptdError` for everything that can be known before it runs."""
+        return self._begin(config, None)
+
+    def adopt(self, entry: JobEntry) -> Supervisor:
+        """Take over a job that was recorded as running by an agent that is gone; its ranks may be alive or not.
+
+        Ranks that live train on; where none is left the job begins with its newest checkpoint. Raises `NotFoundError`
+        when there is nothing to go on with, since its ranks were somebody else's and have ended, `FencedError` when
+        somebody else runs it, and whatever `submit` raises.
+        """
+        config, legacy = JobConfig.from_json(entry.config), legacy_of(entry)
+        if not config.supervised and (legacy is None or not legacy.has_living()):
+            raise NotFoundError(f"no rank of job {entry.job} is left", hint="its own launcher starts them")
+        return self._begin(config, legacy)
+
+    def _begin(self, config: JobConfig, legacy: Legacy | None) -> Supervisor:
         running = self.jobs.get(config.name)
         if running is not None and not running.ended.done():
             raise FencedError(f"job {config.name} runs already", hint="stop it first, or give this one another --name")
@@ -92,18 +132,22 @@ class Agent:
         except CkptdError:
             self._release(config.name, lease)
             raise
+        kept = (config.on_agent_loss or self._on_agent_loss) == "keep"
+        incarnation = new_incarnation() if legacy is None else legacy.life.incarnation
+        terms = Terms(incarnation, config.agent_wait_s if kept else 0.0)
         processes = None
         if config.supervised:
             processes = Processes(
                 config,
+                terms,
                 self.config.home / "jobs" / config.name / "logs",
-                str(self.config.socket),
-                self.plugins,
-                self._log.bind(job=config.name),
+                socket=str(self.config.socket),
+                plugins=self.plugins,
+                exits=self._services.exits,
+                logger=self._log.bind(job=config.name),
                 foreground=self._foreground,
-                on_agent_loss=self._on_agent_loss,
             )
-        job = Supervisor(config, tiers, self._services, processes)
+        job = Supervisor(config, tiers, self._services, processes, terms=terms, legacy=legacy)
         self.jobs[config.name] = job
         job.ended.add_done_callback(lambda _: self._release(config.name, lease))
         job.write_down()
@@ -119,6 +163,10 @@ class Agent:
         if self._leases.get(name) is lease:
             del self._leases[name]
             lease.release()
+
+    def runs(self, name: str) -> bool:
+        """Return whether a job is here and has not ended."""
+        return name in self.jobs and not self.jobs[name].ended.done()
 
     def job(self, name: str) -> Supervisor:
         """Return a job of this agent; raises `NotFoundError`."""
@@ -137,14 +185,7 @@ class Agent:
 
         After `grace_s` no upload is waited for any more, which the next start of its job makes up for.
         """
-        running = [job for job in self.jobs.values() if not job.ended.done()]
-        for job in running:
-            job.feed(e.StopWanted(grace_s))
-        if running:
-            _, late = await asyncio.wait([job.ended for job in running], timeout=grace_s + _END_S)
-            for job in running if late else ():
-                job.feed(e.StopWanted(0.0, checkpoint=False))
-            await asyncio.wait([job.ended for job in running])
+        await self._stop([job for job in self.jobs.values() if not job.ended.done()], grace_s)
         if self._tasks:  # somebody who asked for the end waits for the answer
             await asyncio.wait(self._tasks, timeout=_ANSWER_S)
         self.server.close()
@@ -152,7 +193,27 @@ class Agent:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._services.pool.shutdown(wait=True, cancel_futures=True)
+        self._services.exits.close()
         self.journal.close()
+
+    async def hand_over(self, grace_s: float = 60.0) -> None:
+        """Stop the jobs that end with this agent, and write down the others: this process may end at any moment then.
+
+        It need not, and should not, let go of anything: what the others have goes on, as if it had been killed.
+        """
+        running = [job for job in self.jobs.values() if not job.ended.done()]
+        await self._stop([job for job in running if not job.outlives_agent], grace_s)
+        for job in running:
+            job.write_down()
+
+    async def _stop(self, jobs: Sequence[Supervisor], grace_s: float) -> None:
+        for job in jobs:
+            job.leave(grace_s)
+        if jobs:
+            _, late = await asyncio.wait([job.ended for job in jobs], timeout=grace_s + _END_S)
+            for job in jobs if late else ():
+                job.feed(e.StopWanted(0.0, checkpoint=False))
+            await asyncio.wait([job.ended for job in jobs])
 
     # --- messages ---------------------------------------------------------------------------------------------
 
@@ -164,8 +225,14 @@ class Agent:
                 if message.job in self.jobs:
                     exception = requests.exception_of(message)
                     self.jobs[message.job].raised(peer.pid, message.rank, message.generation, exception)
+            elif isinstance(message, m.Rejoin):
+                self._rejoin(peer, message)
+            elif isinstance(message, m.Returned):
+                self._returned(peer, message)
             elif peer in self._ranks:
                 requests.from_rank(*self._ranks[peer], message)
+            elif peer in self._launchers:
+                self._launchers[peer].received(message)
             elif peer.role == "ctl":
                 self._control(peer, message)
             else:
@@ -205,11 +272,40 @@ class Agent:
                 f"rank {message.rank} of job {message.job} has joined already",
                 hint="attach once in a process, with all its state in one call",
             )
-        rank = Rank(message.job, message.rank, peer)
+        if message.generation and message.incarnation != job.incarnation:
+            raise FencedError(f"job {message.job} of this agent is another run than that of this rank")
+        if job.machine.offers_lost and current is not None and message.rank not in current.joined:
+            raise FencedError(f"what generation {current.number} of job {message.job} began with is gone")
+        rank = Rank(message.job, message.rank, peer, self._services.kept)
         self._ranks[peer] = (job, rank)
         job.attendance.join(rank)
 
+    def _rejoin(self, peer: Peer, message: m.Rejoin) -> None:
+        descriptors = peer.connection.take_descriptors()
+        try:
+            job = self.job(message.job)
+            current = job.machine.generation
+            mine = current is not None and current.number == message.generation and message.rank < job.config.nproc
+            if job.ended.done() or message.incarnation != job.incarnation or not mine:
+                raise FencedError(f"job {message.job} goes on without this rank {message.rank}")
+        except CkptdError:
+            close_all(descriptors)
+            raise
+        rank = Rank(message.job, message.rank, peer, self._services.kept)
+        job.attendance.rejoin(rank, message, descriptors)
+        self._ranks[peer] = (job, rank)
+
+    def _returned(self, peer: Peer, message: m.Returned) -> None:
+        processes = self.job(message.job).processes
+        if processes is None:
+            raise FencedError(f"job {message.job} has a launcher of its own")
+        processes.returned(peer.connection, peer.pid, message)
+        self._launchers[peer] = processes
+
     def _closed(self, peer: Peer) -> None:
+        processes = self._launchers.pop(peer, None)
+        if processes is not None:
+            processes.disconnected(peer.connection)
         job, rank = self._ranks.pop(peer, (None, None))
         if job is not None and rank is not None:
             job.attendance.disconnected(rank)
@@ -222,8 +318,13 @@ class Agent:
             case m.Submit():
                 job = self.submit(JobConfig.from_json(message.config))
                 peer.send(m.Done({"job": job.config.name}))
+            case m.Control(verb="stop") if not self.runs(message.job) and forget(self.journal, message.job):
+                peer.send(m.Done({"job": message.job, "outcome": "stopped"}))
             case m.Control():
                 self._start(requests.control(self.job(message.job), message), peer)
+            case m.Fault():
+                fault = Fault.from_json(message.fault)
+                self._start(chaos.inflict(self.job(message.job), fault, foreground=self._foreground), peer)
             case _:
                 raise AgentError(f"{type(message).__name__} is no request of ckptctl")
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptd.daemon import region
+from ckptd.daemon.fdstore import FdStore, slot_name
 from ckptd.errors import AgentError, MemoryBudgetError
 from ckptd.protocol.page import MAX_SLOTS, PAGE_BYTES, ControlPage
 from ckptd.storage.image import round_up
@@ -73,10 +74,21 @@ class Budget:
         with self._lock:
             self._unsettled_bytes -= size_bytes
 
+    def adopt(self, size_bytes: int) -> None:
+        """Note memory that was reserved before there was this budget."""
+        with self._lock:
+            self.used_bytes += size_bytes
+
     def give(self, size_bytes: int) -> None:
         """Note that reserved memory was given back."""
         with self._lock:
             self.used_bytes -= size_bytes
+
+    def left_bytes(self) -> int:
+        """Return how much could be taken now; less than nothing when even what must stay free is in use."""
+        with self._lock:
+            left_bytes = available_bytes(self._root) - self._unsettled_bytes - _MARGIN_BYTES
+            return min(left_bytes, self.memory_max_bytes - self.used_bytes) if self.memory_max_bytes else left_bytes
 
     def _check(self, size_bytes: int, wanted: str, advice: str) -> None:
         if self.memory_max_bytes and self.used_bytes + size_bytes > self.memory_max_bytes:
@@ -95,11 +107,12 @@ class Budget:
 
 
 class Arena:
-    """All slots of one job, by rank."""
+    """All slots of one job, by rank; `kept` has systemd hold on to each, too."""
 
-    def __init__(self, job: str, budget: Budget, slots_per_rank: int) -> None:
+    def __init__(self, job: str, budget: Budget, slots_per_rank: int, kept: FdStore | None = None) -> None:
         self._job = job
-        self._budget = budget
+        self._kept = kept or FdStore({}, 0)
+        self.budget = budget
         self._slots_per_rank = slots_per_rank
         self._slots: dict[int, dict[int, Slot]] = {}
         self._lock = threading.Lock()
@@ -109,6 +122,11 @@ class Arena:
     def slots(self, rank: int) -> Mapping[int, Slot]:
         """Return a rank's slots by number."""
         return self._slots.get(rank, {})
+
+    @property
+    def slot_bytes(self) -> int:
+        """How much one slot of every rank takes together; 0 before any is reserved."""
+        return sum(max((slot.size_bytes for slot in slots.values()), default=0) for slots in self._slots.values())
 
     def reserve(self, rank: int, size_bytes: int, held: Collection[int]) -> list[int]:
         """Make sure that a rank has its slots, of at least `size_bytes`, and return their numbers.
@@ -132,7 +150,7 @@ class Arena:
         if missing > 0:
             # A little room to grow, so that a longer log or an extra parameter group needs no new slots.
             each = round_up(size_bytes + size_bytes // 32, region.HUGE_BYTES)
-            self._budget.take(
+            self.budget.take(
                 each * missing, f"{missing} slot{'s' * (missing > 1)} of rank {rank} of job {self._job}", self._advice()
             )
             good += self._add(rank, each, missing)
@@ -154,15 +172,15 @@ class Arena:
         def settle(piece_bytes: int) -> None:
             nonlocal settled_bytes
             settled_bytes += piece_bytes
-            self._budget.settled(piece_bytes)
+            self.budget.settled(piece_bytes)
 
         try:
             while len(numbers) < count:
                 made = region.make(f"ckptd-{self._job}-r{rank}", size_bytes, settle)
                 numbers.append(self._keep(rank, *made))
         finally:
-            self._budget.settled(size_bytes * count - settled_bytes)
-            self._budget.give(size_bytes * (count - len(numbers)))
+            self.budget.settled(size_bytes * count - settled_bytes)
+            self.budget.give(size_bytes * (count - len(numbers)))
         return numbers
 
     def _keep(self, rank: int, descriptor: int, mapped: mmap.mmap) -> int:
@@ -171,14 +189,41 @@ class Arena:
                 mine = self._slots[rank]
                 number = next(number for number in range(MAX_SLOTS) if number not in mine)
                 mine[number] = Slot(number, descriptor, len(mapped), mapped)
+                self._kept.put(slot_name(self._job, rank, number), descriptor)
                 return number
         mapped.close()
         os.close(descriptor)
         raise AgentError(f"job {self._job} ended while slots were reserved for it")
 
+    def adopt(self, rank: int, number: int, descriptor: int) -> None:
+        """Take over a slot that an agent before us has reserved, and its descriptor; one that is here already stays.
+
+        Its memory is not taken from the budget: it is in use already. Raises `AgentError` for what can't be a slot.
+        """
+        try:
+            size_bytes = os.fstat(descriptor).st_size
+            if not 0 <= number < MAX_SLOTS or size_bytes <= 0 or size_bytes % PAGE_BYTES:
+                raise AgentError(f"what rank {rank} of job {self._job} hands back is no slot {number}")
+            with self._lock:
+                mine = self._slots.setdefault(rank, {})
+                if number in mine and os.path.sameopenfile(mine[number].descriptor, descriptor):
+                    return
+                if self._closed or number in mine:
+                    raise AgentError(f"job {self._job} has no place for slot {number} of rank {rank}")
+                mine[number] = Slot(number, descriptor, size_bytes, mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED))
+            self.budget.adopt(size_bytes)
+            self._kept.put(slot_name(self._job, rank, number), descriptor)
+            descriptor = -1
+        except OSError as error:
+            raise AgentError(f"slot {number} of rank {rank} can't be taken over: {error.strerror}") from error
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
     def _drop(self, rank: int, number: int) -> None:
         slot = self._slots[rank].pop(number)
-        self._budget.give(slot.size_bytes)
+        self._kept.remove(slot_name(self._job, rank, number))
+        self.budget.give(slot.size_bytes)
         slot.close()
 
     def close(self) -> None:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptd.config import JobConfig
 from ckptd.core import events as e
 from ckptd.core.job import JobMachine
+from ckptd.core.number_events import Reported
 from ckptd.core.restore import MEMORY, Source
+from ckptd.daemon.adopting import returned
 from ckptd.daemon.arena import Arena
 from ckptd.daemon.checkpoints import Checkpoints
-from ckptd.daemon.ranks import Rank
-from ckptd.errors import AgentError, CkptdError, DamagedError, StateError
+from ckptd.daemon.exits import Exits
+from ckptd.daemon.offers import close_all
+from ckptd.daemon.orphans import Orphans
+from ckptd.daemon.ranks import Rank, Terms
+from ckptd.errors import AgentError, CkptdError, DamagedError, ProtocolError, StateError
 from ckptd.log import Logger
-from ckptd.types import RaisedException
+from ckptd.protocol.messages import Adopted, Rejoin
+from ckptd.protocol.page import MAX_SLOTS
+from ckptd.types import Evidence, RaisedException
 
 Start = Callable[[Coroutine[Any, Any, None]], None]
 """Runs work beside the loop's other work, and lets nothing that goes wrong in it pass unseen."""
@@ -33,6 +40,8 @@ class Attendance:
         *,
         arena: Arena,
         checkpoints: Checkpoints,
+        exits: Exits,
+        terms: Terms,
         feed: Callable[[e.Input], None],
         start: Start,
         logger: Logger,
@@ -44,6 +53,10 @@ class Attendance:
         self._machine = machine
         self._arena = arena
         self._checkpoints = checkpoints
+        self._exits = exits
+        self._terms = terms
+        self._orphans = Orphans(self._missed)
+        """Ranks of another launcher that were taken over and are not back yet."""
         self._feed = feed
         self._start = start
         self._log = logger
@@ -52,16 +65,32 @@ class Attendance:
         """Yield every rank that is here, let in or not."""
         return iter((*self.admitted.values(), *self._arrived.values()))
 
-    def look_at_pages(self) -> None:
-        """Tell the machine how far the ranks are."""
+    def look_at_pages(self, *, leaving: bool = False) -> None:
+        """Tell the machine how far the ranks are and what they report, and the ranks that somebody is looking.
+
+        `leaving` tells that one of them is about to go.
+        """
+        now_ns = time.monotonic_ns()
+        for rank in self.admitted.values():
+            rank.look(now_ns)
         steps = {number: step for number, rank in self.admitted.items() if (step := rank.step)}
         if steps:
             self._feed(e.Progress(steps))
+        found = {number: rank.reports() for number, rank in self.admitted.items()}
+        reports = {number: reported for number, (reported, _) in found.items() if reported}
+        if reports or leaving:
+            missed = {number: lost for number, (_, lost) in found.items() if lost}
+            self._feed(Reported(reports, missed, leaving))
 
-    def announce(self, step: int | None) -> None:
-        """Write the step to capture next into every control page."""
+    def announce(self, step: int | None, *, last: bool) -> None:
+        """Write the step to capture next into every control page; at the last one the ranks wait."""
         for rank in self.admitted.values():
-            rank.announce(step)
+            rank.announce(step, last=last)
+
+    def leave(self) -> None:
+        """Tell every rank to leave."""
+        for rank in self.admitted.values():
+            rank.leave()
 
     def release(self, number: int, slot: int) -> None:
         """Let a rank write a slot again, if it is here."""
@@ -83,7 +112,7 @@ class Attendance:
     def join(self, rank: Rank) -> None:
         """Take in a rank that asks for its place; it is admitted when its generation is ready."""
         if not self._config.supervised:
-            rank.watch(lambda: self._gone(rank))
+            self._watch(rank)
         # Until it is admitted, whoever has its place now must go on undisturbed.
         before = self._arrived.get(rank.rank)
         if before is not None:
@@ -91,6 +120,52 @@ class Attendance:
             before.close()
         self._arrived[rank.rank] = rank
         self._feed(e.RankJoined(rank.rank, rank.peer.pid))
+
+    def await_back(self, ranks: Mapping[int, tuple[int, int]]) -> None:
+        """Watch ranks of another launcher, by process and when it began, until they are back."""
+        self._orphans.take(ranks)
+
+    def _missed(self, number: int, pid: int) -> None:
+        summary = f"rank {number} ended while no agent was there"
+        evidence = Evidence("pidfd", "vanished", number, 1.0, summary, time.monotonic())
+        self._feed(e.RankExited(number, pid, evidence))
+
+    def rejoin(self, rank: Rank, message: Rejoin, descriptors: list[int]) -> None:
+        """Take in a rank that has lost its agent, or its connection to us, with the descriptors that it hands back.
+
+        Raises `CkptdError` when what it hands back can't be used.
+        """
+        try:
+            if len(descriptors) != 1 + len(message.slots):
+                raise ProtocolError(f"rank {rank.rank} hands back {len(descriptors)} descriptors")
+            page = rank.take_back(descriptors.pop(0))
+            event = returned(message, rank.peer.pid, page)
+            for number in event.slots:
+                self._arena.adopt(rank.rank, number, descriptors.pop(0))
+            for number in set(range(MAX_SLOTS)) - self._arena.slots(rank.rank).keys():
+                page.release(number)  # its memory went with the agent before us: the number is free
+        finally:
+            close_all(descriptors)
+        before = self.admitted.pop(rank.rank, None)
+        if before is not None:
+            before.close()
+        elif self._machine.adopting:
+            rank.announce(None, last=False)  # what the agent before us has announced nobody waits for
+            if self._machine.keeper.book.whole:
+                rank.capture_whole()
+        self._orphans.forget(rank.rank)
+        if not self._config.supervised:
+            self._watch(rank)
+        rank.lent = event.slots
+        self.admitted[rank.rank] = rank
+        self._log.info("rank returned", rank=rank.rank, step=event.step)
+        rank.peer.send(Adopted())
+        self._feed(event)
+
+    def _watch(self, rank: Rank) -> None:
+        """Learn how a rank ends that somebody else has started."""
+        self._exits.begin(rank.peer.pid, time.monotonic())
+        rank.watch(lambda: self._gone(rank))
 
     def raised(self, pid: int, number: int, exception: RaisedException) -> None:
         """Remember what a rank that somebody else has started says of its end."""
@@ -118,6 +193,12 @@ class Attendance:
             rank.left = True
             self._gone(rank)
 
+    def end_ranks(self, numbers: Sequence[int]) -> None:
+        """Kill ranks that somebody else has started: a death is what their launcher understands."""
+        for number in numbers:
+            if number in self.admitted:
+                self.admitted[number].end()
+
     def _gone(self, rank: Rank) -> None:
         """Give up the place of a rank that somebody else has started."""
         place = next((place for place in (self.admitted, self._arrived) if place.get(rank.rank) is rank), None)
@@ -125,7 +206,7 @@ class Attendance:
             return  # its connection and its process end at the same moment
         self.look_at_pages()
         del place[rank.rank]
-        evidence = rank.evidence(time.monotonic())
+        evidence = rank.evidence(time.monotonic(), self._exits)
         rank.close()
         self._feed(e.RankExited(rank.rank, rank.peer.pid, evidence))
 
@@ -134,6 +215,7 @@ class Attendance:
         for rank in self:
             rank.close()
         self.admitted, self._arrived = {}, {}
+        self._orphans.close()
 
     def end(self, reason: CkptdError) -> None:
         """Answer everybody who waits; `reason` is for those whose request comes to nothing.
@@ -150,9 +232,11 @@ class Attendance:
     def admit(self, order: e.Admit) -> None:
         """Let a rank in that has arrived, with what it is offered."""
         rank = self.admitted[order.rank] = self._arrived.pop(order.rank)
-        rank.place(self._machine.keeper.book.held(order.rank), whole=order.whole)
+        held = self._machine.keeper.book.held(order.rank)
+        rank.place(held, whole=order.whole, chaos=self._config.chaos)
+        rank.numbers = self._machine.numbers_to_tell()
         if order.offer is None:
-            rank.admit(order.generation, None)
+            rank.admit(order.generation, None, self._terms)
         else:
             self.prepare(order.generation, order.offer)
             self._start(self._offer(rank, order.generation, order.offer))
@@ -167,7 +251,7 @@ class Attendance:
     async def _offer(self, rank: Rank, generation: int, source: Source) -> None:
         """Let a rank in once its offer is ready. One that can't be made ready is damaged as far as a restart goes."""
         try:
-            rank.admit(generation, await self._checkpoints.offer(generation))
+            rank.admit(generation, await self._checkpoints.offer(generation), self._terms)
         except (DamagedError, StateError) as error:
             damage = DamagedError(f"{source} can't be offered: {error.message}", hint=error.hint)
             self._feed(e.RestoreFailed(rank.rank, source.id, damage))

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from ckptd.config import JobConfig
 from ckptd.coordination.coordinator import Coordinator, next_generation
 from ckptd.core import events as e
+from ckptd.core.adopt_events import StoreUnread
 from ckptd.core.prune_events import Collect, MakeRoom, Prune, Pruned, RoomMade
 from ckptd.core.restore import MEMORY, Source
 from ckptd.daemon.arena import Arena
@@ -102,6 +103,18 @@ class Checkpoints:
         if self._resuming is None or not await self._resuming.bring(found):
             return found
         return await self._patiently(read, self._tiers, self._job)
+
+    def adopt(self, generation: int) -> None:
+        """Go on with a generation that an agent before us has claimed."""
+        self.store.needs.own(generation)
+        self._started = True
+
+    async def look_again(self) -> e.Input:
+        """Look what the tiers hold of a job that is running."""
+        try:
+            return await self._patiently(read, self._tiers, self._job)
+        except CkptdError as error:
+            return StoreUnread(error)
 
     async def claim(self, order: e.Claim) -> e.Input:
         """Claim a generation; raises `FencedError` when somebody else takes every number.

@@ -1,4 +1,4 @@
-"""A non-blocking connection in the agent's event loop: messages both ways, descriptors outwards.
+"""A non-blocking connection in the agent's event loop: messages and descriptors, both ways.
 
 asyncio's streams can't pass descriptors, so this is the little that is needed on top of the loop's readers and
 writers. Bounded: a peer that sends too much is refused by the codec, one that doesn't read is closed.
@@ -13,11 +13,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ckptd.errors import ProtocolError
+from ckptd.protocol.channel import receive
 from ckptd.protocol.codec import Decoder, encode
 from ckptd.protocol.messages import Message, parse, to_frame
 
 _READ_BYTES = 256 * 1024
 _MAX_QUEUED_BYTES = 32 * 2**20
+_MAX_DESCRIPTORS = 66
 
 OnMessage = Callable[["Connection", Message], None]
 OnClose = Callable[["Connection"], None]
@@ -32,6 +34,8 @@ class Connection:
         self._on_message = on_message
         self._on_close = on_close
         self._decoder = Decoder()
+        self._received: list[int] = []
+        """Descriptors that came with a message, which may not be complete yet."""
         self._queue: deque[tuple[bytes, Sequence[int]]] = deque()
         self._queued_bytes = 0
         self._loop = asyncio.get_running_loop()
@@ -50,11 +54,20 @@ class Connection:
         self._queued_bytes += len(data)
         self._writable()
 
+    def take_descriptors(self) -> list[int]:
+        """Return the descriptors that came with the message that is being handled; the caller closes them.
+
+        Whoever sends some waits for the answer before it sends more.
+        """
+        taken, self._received = self._received, []
+        return taken
+
     def close(self) -> None:
         """Close now; what is queued is dropped."""
         if not self._open:
             return
         self._open = False
+        _close_all(self.take_descriptors())
         self._loop.remove_reader(self._stream)
         self._loop.remove_writer(self._stream)
         self._stream.close()
@@ -65,14 +78,15 @@ class Connection:
 
     def _readable(self) -> None:
         try:
-            data = self._stream.recv(_READ_BYTES)
+            data, descriptors = receive(self._stream, _READ_BYTES)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            data = b""
+            data, descriptors = b"", []
         if not data:
             self.close()
             return
+        self._received += descriptors
         try:
             for frame in self._decoder.feed(data):
                 if not self._open:
@@ -80,6 +94,10 @@ class Connection:
                 self._on_message(self, parse(frame))
         except ProtocolError:
             self.close()  # the stream has no known boundary any more
+        if not self._decoder.pending_bytes:
+            _close_all(self.take_descriptors())  # nobody wanted them
+        elif len(self._received) > _MAX_DESCRIPTORS:
+            self.close()
 
     def _writable(self) -> None:
         while self._queue:

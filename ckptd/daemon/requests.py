@@ -8,14 +8,17 @@ from typing import Any
 
 from ckptd.config import JobConfig, absolute_job
 from ckptd.core import events as e
+from ckptd.core.halt_events import HaltWanted
 from ckptd.core.job_states import JobState
+from ckptd.core.policy.halt import Conditions
+from ckptd.daemon.leaving import show_halt
 from ckptd.daemon.ranks import Rank
 from ckptd.daemon.supervisor import Supervisor
 from ckptd.errors import AgentError, CkptdError, NotFoundError, ProtocolError, from_json
+from ckptd.halt_config import read_halt
 from ckptd.protocol import messages as m
 from ckptd.types import CheckpointId, RaisedException
 
-_STOP_GRACE_S = 60.0
 _MAX_FILES = 64
 """How many descriptors an answer may carry besides the two of an admission: the kernel takes 253 at once."""
 
@@ -40,6 +43,7 @@ def from_rank(job: Supervisor, rank: Rank, message: m.Message) -> None:
         case m.Stepped():
             job.feed(e.RankStepped(number, message.step, message.at_s))
         case m.Seal():
+            job.attendance.look_at_pages()  # what led to it is known before it
             job.feed(_sealed(rank, message))
         case m.Missed():
             error = None if message.error is None else from_json(message.error)
@@ -48,6 +52,7 @@ def from_rank(job: Supervisor, rank: Rank, message: m.Message) -> None:
             job.feed(e.CheckpointWanted())
         case m.Leave():
             rank.leaving = rank.left = True
+            job.attendance.look_at_pages(leaving=True)
             job.feed(e.RankLeft(number, message.step))
         case _:
             raise AgentError(f"{type(message).__name__} is no message of a rank")
@@ -85,19 +90,40 @@ def attached_config(message: m.Join, folder: Path) -> JobConfig:
 
 
 async def control(job: Supervisor, message: m.Control) -> dict[str, Any]:
-    """Do what `ckptctl checkpoint | stop | restart` asks, and wait for its effect if asked to."""
+    """Do what `ckptctl checkpoint | stop | halt | restart` asks, and wait for its effect if asked to."""
     match message.verb:
         case "checkpoint":
             return await _checkpoint(job, wait=message.wait)
         case "stop":
-            job.stop(_STOP_GRACE_S)
+            wishes = message.options
+            grace_s = read_halt({"grace": wishes["grace"]}).grace_s if "grace" in wishes else job.config.halt.grace_s
+            job.stop(grace_s, checkpoint=not wishes.get("no_checkpoint"), reason="`ckptctl stop` asked for it")
             if message.wait:
                 end = await asyncio.shield(job.ended)
                 return {"job": job.config.name, "outcome": end.outcome}
             return {"job": job.config.name, "outcome": "stopping"}
+        case "halt":
+            return _halt(job, message.options)
         case "restart":
             return _restart(job, message.step)
     raise AgentError(f"unknown request {message.verb!r}")
+
+
+def _halt(job: Supervisor, wishes: dict[str, Any]) -> dict[str, Any]:
+    """Set, clear or just show the conditions upon which a job stops by itself."""
+    if wishes and not job.config.supervised:
+        raise AgentError(f"the ranks of job {job.config.name} are somebody else's: ckptd does not end them")
+    if wishes:
+        before = Conditions() if wishes.get("clear") else job.machine.conditions
+        said = read_halt({key: wishes[key] for key in ("after_step", "at") if key in wishes})
+        conditions = Conditions(
+            before.after_step if said.after_step is None else said.after_step,
+            before.at if said.at is None else said.at,
+            before.at_next_checkpoint or bool(wishes.get("at_next_checkpoint")),
+        )
+        job.feed(HaltWanted(conditions))
+        job.write_down()
+    return {"job": job.config.name, **show_halt(job.machine)}
 
 
 def _restart(job: Supervisor, step: int | None) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptd.daemon.connection import Connection
-from ckptd.errors import AgentError, CkptdError
+from ckptd.errors import AgentError, CkptdError, FencedError
 from ckptd.protocol import endpoint
 from ckptd.protocol.messages import Hello, Message, Refused, Welcome, check_version
+from ckptd.storage.holding import Holds
 
 _BACKLOG = 256
 _CREDENTIALS = struct.Struct("3i")
@@ -52,7 +53,8 @@ class Server:
         self._on_message = on_message
         self._on_close = on_close
         self._by_connection: dict[Connection, Peer] = {}
-        self._stream = _listen(path)
+        self._place = Holds()
+        self._stream = _listen(path, self._place)
         asyncio.get_running_loop().add_reader(self._stream, self._accept)
 
     def _accept(self) -> None:
@@ -98,13 +100,14 @@ class Server:
         self._stream.close()
         for connection in list(self._by_connection):
             connection.close()
+        self._place.close()
 
 
-def _listen(path: Path) -> socket.socket:
+def _listen(path: Path, place: Holds) -> socket.socket:
+    """Listen at `path`, and hold that place: a name says nothing of who is behind it, a lock ends with its holder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if _answers(path):
-            raise AgentError(f"another agent listens at {path}", hint="stop it, or set CKPTD_SOCKET to another place")
+        place.take(f"the place {path}", path.with_suffix(".held"), 0.0)
         path.unlink(missing_ok=True)
         stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         before = os.umask(0o177)
@@ -114,16 +117,13 @@ def _listen(path: Path) -> socket.socket:
         finally:
             os.umask(before)
         stream.listen(_BACKLOG)
+    except FencedError as error:
+        raise AgentError(
+            f"another agent listens at {path}", hint="stop it, or set CKPTD_SOCKET to another place"
+        ) from error
     except OSError as error:
+        place.close()
         raise AgentError(
             f"can't listen at {path}: {error.strerror}", hint="set CKPTD_SOCKET to another place"
         ) from error
     return stream
-
-
-def _answers(path: Path) -> bool:
-    try:
-        endpoint.connect(str(path), 1.0).close()
-    except OSError:
-        return False
-    return True

@@ -18,6 +18,7 @@ from ckptd.plugin.manager import PluginManager
 from ckptd.storage import catalog
 from ckptd.storage.file_stream import within
 from ckptd.storage.tier import Capabilities, Cost, Report, Reporting, Tier
+from ckptd.storage.wrappers.fill import FillableTier
 from ckptd.storage.wrappers.forwarding import ForwardingTier
 from ckptd.tiers import JobTier, open_stores, patient, retention_of
 from ckptd.types import CheckpointId, Held
@@ -90,11 +91,14 @@ def open_tiers(
     try:
         for item in opened:
             _check_writable(item.tier)
-        return tuple(_held(item, config.name, patience_s, report) for item in tiers)
+        held = tuple(_held(item, config.name, patience_s, report) for item in tiers)
     except CkptdError:
         for item in tiers:
             item.tier.close()
         raise
+    if not config.chaos:
+        return held
+    return (dataclasses.replace(held[0], tier=FillableTier(held[0].tier)), *held[1:])
 
 
 def _check_writable(tier: Tier) -> None:

@@ -89,6 +89,16 @@ def _no_program(name: str, *, exists: bool) -> ConfigError:
 
 
 @dataclass(frozen=True, slots=True)
+class Belonging:
+    """To which run of which job a launcher belongs, and where and how long it looks for the next agent."""
+
+    job: str
+    incarnation: str
+    socket: str
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class LauncherOptions:
     """The launcher's command line as a value."""
 
@@ -97,8 +107,8 @@ class LauncherOptions:
     command: tuple[str, ...]
     preload: tuple[str, ...] = ()
     """Modules to import before the first fork, in this order; none means that ranks are started by plain exec."""
-    keep: bool = False
-    """Whether ranks go on when the agent is gone."""
+    belongs: Belonging | None = None
+    """Who goes on with the ranks when the agent is gone; None: they end."""
     skipped: Mapping[str, str] = field(default_factory=dict)
     """Modules that an earlier start of this launcher found unfit, with the reason."""
     began_s: float | None = None
@@ -107,7 +117,10 @@ class LauncherOptions:
     def to_argv(self) -> list[str]:
         """Return what follows `-m ckptd.launcher`."""
         argv = [f"--control-fd={self.control_fd}", f"--preload={','.join(self.preload)}"]
-        argv.append(f"--on-agent-loss={'keep' if self.keep else 'end'}")
+        if self.belongs is not None:
+            belongs = self.belongs
+            argv += [f"--job={belongs.job}", f"--incarnation={belongs.incarnation}"]
+            argv += [f"--socket={belongs.socket}", f"--agent-wait={belongs.wait_s!r}"]
         argv += [f"--skip={name}={reason}" for name, reason in self.skipped.items()]
         if self.began_s is not None:
             argv.append(f"--began-s={self.began_s!r}")
@@ -122,15 +135,21 @@ class LauncherOptions:
         )
         parser.add_argument("--control-fd", type=int, required=True)
         parser.add_argument("--preload", default="")
-        parser.add_argument("--on-agent-loss", choices=("end", "keep"), default="end")
+        parser.add_argument("--job")
+        parser.add_argument("--incarnation", default="")
+        parser.add_argument("--socket", default="")
+        parser.add_argument("--agent-wait", type=float, default=0.0)
         parser.add_argument("--skip", action="append", default=[])
         parser.add_argument("--began-s", type=float)
         given = parser.parse_args(list(argv)[:split])
+        belongs = None
+        if given.job is not None:
+            belongs = Belonging(given.job, given.incarnation, given.socket, given.agent_wait)
         return cls(
             control_fd=given.control_fd,
             command=tuple(argv[split + 1 :]),
             preload=tuple(name.strip() for name in given.preload.split(",") if name.strip()),
-            keep=given.on_agent_loss == "keep",
+            belongs=belongs,
             skipped={name: reason for name, _, reason in (item.partition("=") for item in given.skip)},
             began_s=given.began_s,
         )
@@ -142,14 +161,12 @@ def launcher_argv(
     control_fd: int,
     command: Sequence[str],
     preload: Sequence[str],
-    on_agent_loss: Literal["end", "keep"],
+    belongs: Belonging | None = None,
 ) -> list[str]:
-    """Return the command that starts the launcher of a job.
+    """Return the command that starts the launcher of a job; without `belongs` it ends with its agent.
 
     An empty `preload` is `--no-preload`: the ranks are then started by plain exec. The descriptor must be passed on
     (`pass_fds`), and the job's whole environment must be set already, because libraries read theirs at import.
     """
-    options = LauncherOptions(
-        control_fd=control_fd, command=tuple(command), preload=tuple(preload), keep=on_agent_loss == "keep"
-    )
+    options = LauncherOptions(control_fd=control_fd, command=tuple(command), preload=tuple(preload), belongs=belongs)
     return [python, "-m", "ckptd.launcher", *options.to_argv()]

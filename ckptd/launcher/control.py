@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import sys
 
@@ -18,17 +19,14 @@ class Control:
 
     def __init__(self, stream: socket.socket) -> None:
         self.stream = stream
-        self.untold: list[Message] = []
-        """What the agent could not be told any more, for the one that takes over."""
         self._decoder = Decoder()
         stream.settimeout(_SEND_DEADLINE_S)
 
     def send(self, message: Message) -> None:
-        """Send a message, or keep it when the agent is gone; `receive` learns of that by itself."""
+        """Send a message, in vain when the agent is gone: `receive` learns of that by itself, and the next is told."""
         try:
             self.stream.sendall(encode(to_frame(message)))
         except OSError:
-            self.untold.append(message)
             self._break()
 
     def receive(self) -> list[Message] | None:
@@ -41,6 +39,12 @@ class Control:
         except ProtocolError as error:
             sys.stderr.write(f"ckptd: launcher: lost the agent: {error}\n")
             return None
+
+    def receive_now(self) -> list[Message] | None:
+        """Return what has arrived, which may be nothing yet; None when the agent is gone."""
+        poll = select.poll()
+        poll.register(self.stream, select.POLLIN)
+        return self.receive() if poll.poll(0) else []
 
     def close(self) -> None:
         """Close this process's copy of the socket."""

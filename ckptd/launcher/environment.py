@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Mapping
 
@@ -35,13 +36,16 @@ def rank_env(
     restarts: int,
     max_restarts: int,
     overlap: str = "auto",
+    incarnation: str = "",
+    agent_wait_s: float = 0.0,
     group_rank: int = 0,
     group_world_size: int = 1,
 ) -> dict[str, str]:
     """Return what one rank's environment has over the job's: torchrun's names, and where its agent listens.
 
     TORCHELASTIC_USE_AGENT_STORE is False because rank 0 hosts a new store in each generation: torchrun's reuse of
-    one store is what makes its restarts stall. `group_rank` is the node's number among `group_world_size` nodes.
+    one store is what makes its restarts stall. `incarnation` names this run of the job, `agent_wait_s` is how long it
+    goes on without an agent. `group_rank` is the node's number among `group_world_size` nodes.
     """
     return {
         "RANK": str(rank),
@@ -63,6 +67,8 @@ def rank_env(
         "CKPTD_JOB": job,
         "CKPTD_GENERATION": str(generation),
         "CKPTD_OVERLAP": overlap,
+        "CKPTD_INCARNATION": incarnation,
+        "CKPTD_AGENT_WAIT": str(math.ceil(agent_wait_s)),
     }
 
 

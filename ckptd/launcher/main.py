@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> RankStart | int:
     launcher = Launcher(
         control,
         command,
-        keep=options.keep,
+        belongs=options.belongs,
         dispositions=dispositions,
         interpreter=tuple(beginning[:-2]),
     )

@@ -40,13 +40,13 @@ def preload(names: Sequence[str], unfit: StartOver) -> tuple[list[str], dict[str
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                unfit(name, f"import failed: {_in_words(error)}")
+                unfit(name, f"import failed: {in_words(error)}")
             # Nothing of it was executed, so there is nothing to clean up.
             missing[name] = f"no module named {error.name}"
             continue
         except BaseException as error:
             # Any exception may come out of foreign code. What it has left half-done goes with this process.
-            unfit(name, f"import failed: {_in_words(error)}")
+            unfit(name, f"import failed: {in_words(error)}")
             raise
         reason = why_unfit(before)
         if reason is not None:
@@ -99,7 +99,8 @@ def shadowed(folder: str, loaded: Iterable[str]) -> list[str]:
     return found
 
 
-def _in_words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
+    """Return an exception in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

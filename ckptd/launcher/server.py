@@ -15,17 +15,20 @@ import sys
 import time
 from dataclasses import dataclass
 
-from ckptd.errors import AgentError, CkptdError, ConfigError, StoreError
-from ckptd.launcher.command import RankCommand
+from ckptd.errors import AgentError, CkptdError, ConfigError, FencedError, StoreError
+from ckptd.launcher.command import Belonging, RankCommand
 from ckptd.launcher.control import Control
 from ckptd.launcher.processes import end_descendants, flush_c_streams, kill_group
 from ckptd.launcher.rank import Dispositions, RankStart
+from ckptd.launcher.seeking import Seeker
 from ckptd.launcher.stdio import flush_streams
-from ckptd.protocol.messages import Exited, Kill, Spawn, Spawned, SpawnFailed
+from ckptd.protocol.messages import Dissolve, Exited, Kill, Message, Spawn, Spawned, SpawnFailed
 
 _STRAYS_EVERY_S = 1.0
 _SWEEP_DEADLINE_S = 2.0
 _END_DEADLINE_S = 10.0
+_TERM_GRACE_S = 5.0
+"""For ranks that have waited for an agent in vain, between SIGTERM and SIGKILL."""
 _LOG_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 
 
@@ -44,18 +47,24 @@ class Launcher:
         control: Control,
         command: RankCommand,
         *,
-        keep: bool,
+        belongs: Belonging | None,
         dispositions: Dispositions,
         interpreter: tuple[str, ...],
     ) -> None:
         self._control = control
         self._command = command
-        self._keep = keep
+        self._seeker = None if belongs is None else Seeker(belongs)
         self._dispositions = dispositions
         self._interpreter = interpreter
         self._pid = os.getpid()
         self._ranks: dict[int, _Rank] = {}
         self._agent_gone = False
+        self._generation = 0
+        self._started: dict[int, int] = {}
+        """The process of each rank that was ordered last, by rank."""
+        self._ended: dict[int, Exited | SpawnFailed] = {}
+        """How those ended that have, for the next agent: this one may die before it has heard of it."""
+        self._kill_at_s: float | None = None
         self._end_by_s: float | None = None
         self._selector = selectors.DefaultSelector()
         self._stop_reader, self._stop_writer = socket.socketpair()
@@ -84,6 +93,10 @@ class Launcher:
                     start: RankStart | None = key.data()
                     if start is not None:
                         return start
+            if self._seeker is not None and self._seeker.seeking:
+                start = self._seek(self._seeker, at_s)
+                if start is not None:
+                    return start
             self._reap_strays()
         return None
 
@@ -98,6 +111,10 @@ class Launcher:
     def _patience_s(self) -> float | None:
         if self._end_by_s is not None:
             return max(0.0, self._end_by_s - time.monotonic())
+        if self._kill_at_s is not None:
+            return max(0.0, self._kill_at_s - time.monotonic())
+        if self._seeker is not None and self._seeker.seeking:
+            return self._seeker.patience_s(time.monotonic())
         # Orphans of ranks that end meanwhile announce themselves only by SIGCHLD, whose handler a preloaded module
         # may own. Until somebody looks they cost a row of the process table each, so a slow look is enough.
         return _STRAYS_EVERY_S if self._ranks else None
@@ -107,11 +124,15 @@ class Launcher:
     def _on_control(self) -> RankStart | None:
         messages = self._control.receive()
         if messages is None:
-            self._agent_gone = True
             self._selector.unregister(self._control.stream)
-            if not self._keep:
-                self._end()
+            if self._seeker is None or self._end_by_s is not None:
+                self._leave()
+            else:
+                self._seeker.begin(time.monotonic())
             return None
+        return self._obey(messages)
+
+    def _obey(self, messages: list[Message]) -> RankStart | None:
         for message in messages:
             if isinstance(message, Spawn):
                 start = self._spawn(message)
@@ -119,9 +140,43 @@ class Launcher:
                     return start
             elif isinstance(message, Kill):
                 self._kill(message.signal)
+            elif isinstance(message, Dissolve):
+                self._end()
             else:
                 _complain(f"the agent sent {type(message).__name__}, which means nothing to a launcher")
         return None
+
+    def _seek(self, seeker: Seeker, now_s: float) -> RankStart | None:
+        """Look for the next agent; when that has come to nothing, end the ranks, with a word of warning first."""
+        if self._kill_at_s is not None or seeker.too_late(now_s):
+            if self._kill_at_s is None:
+                _complain("no agent has come back: the ranks are ended")
+                self._kill(signal.SIGTERM)
+                self._kill_at_s = now_s + _TERM_GRACE_S
+            if now_s >= self._kill_at_s or not self._ranks:
+                self._leave()
+            return None
+        try:
+            ranks = [{"rank": rank, "pid": pid} for rank, pid in self._started.items()]
+            found = seeker.look(now_s, ranks, self._generation)
+        except FencedError as error:
+            _complain(f"the ranks are ended: {error}")
+            self._leave()
+            return None
+        if found is None:
+            return None
+        self._control, messages = found
+        self._selector.register(self._control.stream, selectors.EVENT_READ, self._on_control)
+        for ended in self._ended.values():
+            self._control.send(ended)
+        return self._obey(messages)
+
+    def _leave(self) -> None:
+        """End every rank, and then this process: there is nobody to serve."""
+        if self._seeker is not None:
+            self._seeker.end()
+        self._agent_gone, self._kill_at_s = True, None
+        self._end()
 
     def _on_stop(self) -> None:
         numbers = set(self._stop_reader.recv(4096))
@@ -136,7 +191,11 @@ class Launcher:
         rank = self._ranks.pop(pid)
         self._selector.unregister(rank.pidfd)
         os.close(rank.pidfd)
-        self._control.send(Exited(rank.rank, pid, os.waitstatus_to_exitcode(status), at_s))
+        code = os.waitstatus_to_exitcode(status)
+        report = Exited(rank.rank, pid, code, at_s, core_dumped=os.WCOREDUMP(status))
+        if self._started.get(rank.rank) == pid:
+            self._ended[rank.rank] = report
+        self._control.send(report)
         if not self._ranks:
             self._sweep()
 
@@ -145,6 +204,9 @@ class Launcher:
     def _spawn(self, order: Spawn) -> RankStart | None:
         """Start a rank and answer; in the forked child return what it is to become."""
         opened: list[int] = []
+        self._generation = int(order.env.get("CKPTD_GENERATION", "0"))
+        self._started.pop(order.rank, None)
+        self._ended.pop(order.rank, None)
         if self._end_by_s is not None:
             self._refuse(order, AgentError(f"rank {order.rank} was not started: its launcher is ending"), opened)
             return None
@@ -191,9 +253,10 @@ class Launcher:
             os.close(descriptor)
         if failure is not None:
             os.waitpid(pid, 0)
-            self._control.send(SpawnFailed(order.rank, self._not_executed(failure).to_json()))
+            self._fail(order, self._not_executed(failure))
             return None
         pidfd = os.pidfd_open(pid)
+        self._started[order.rank] = pid
         self._ranks[pid] = _Rank(order.rank, pid, pidfd)
         self._selector.register(pidfd, selectors.EVENT_READ, pid)
         self._control.send(Spawned(order.rank, pid, at_s))
@@ -202,7 +265,11 @@ class Launcher:
     def _refuse(self, order: Spawn, error: CkptdError, opened: list[int]) -> None:
         for descriptor in opened:
             os.close(descriptor)
-        self._control.send(SpawnFailed(order.rank, error.to_json()))
+        self._fail(order, error)
+
+    def _fail(self, order: Spawn, error: CkptdError) -> None:
+        failed = self._ended[order.rank] = SpawnFailed(order.rank, error.to_json())
+        self._control.send(failed)
 
     def _not_executed(self, code: int) -> ConfigError:
         hints = {

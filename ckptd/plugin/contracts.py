@@ -68,3 +68,39 @@ class Detector(Protocol):
     def on_exit(self, end: RankExit) -> Evidence | None:
         """Judge the end of a rank's process; None says that this end is no failure."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlan:
+    """What is about to start on this node, as far as a check of the node may want to know."""
+
+    job: str
+    ranks: int
+    """How many are started here."""
+    folders: tuple[str, ...]
+    """Where the job's first tier writes, the first of several disks first; empty when that is no folder."""
+    env: Mapping[str, str]
+    """The environment that the ranks get, but for what differs between them."""
+    memory_bytes: int = 0
+    """What must be reserved for slots, going by what the job had before; 0 when that is not known, or all is there."""
+    memory_left_bytes: int = 0
+    """What can be reserved."""
+    restarts: bool = False
+    """Whether the job has run here already, so that a full disk has checkpoints of its own to let go of."""
+
+
+class NodeCheck(Protocol):
+    """Says whether this node is fit for ranks. Called in a thread, beside what a start waits for anyway.
+
+    One that raises or overruns a second holds nothing up, is reported, and after the third time is not called any
+    more: a broken check must not keep a job from running.
+    """
+
+    @property
+    def name(self) -> str:
+        """How logs and status name it: one word."""
+        ...
+
+    def check(self, plan: NodePlan) -> str | None:
+        """Return in one line why nothing should start here now, None when the node is fit."""
+        ...

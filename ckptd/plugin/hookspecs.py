@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pluggy
 
-from ckptd.plugin.contracts import Detector, FormatSpec, FrameworkSpec, TierFactory
+from ckptd.plugin.contracts import Detector, FormatSpec, FrameworkSpec, NodeCheck, TierFactory
 
 PROJECT = "ckptd"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -32,3 +32,8 @@ def ckptd_frameworks() -> list[FrameworkSpec]:  # type: ignore[empty-body]
 @hookspec
 def ckptd_formats() -> list[FormatSpec]:  # type: ignore[empty-body]
     """Return the formats that `ckptctl export` and `import` know."""
+
+
+@hookspec
+def ckptd_check_node() -> list[NodeCheck]:  # type: ignore[empty-body]
+    """Return checks of the node, called before each generation of a job that the agent starts itself."""

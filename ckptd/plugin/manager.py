@@ -12,7 +12,7 @@ import pluggy
 
 from ckptd.errors import CkptdError, PluginError, StoreError
 from ckptd.plugin import hookspecs
-from ckptd.plugin.contracts import Detector, FormatSpec, FrameworkSpec, TierFactory
+from ckptd.plugin.contracts import Detector, FormatSpec, FrameworkSpec, NodeCheck, NodePlan, TierFactory
 from ckptd.plugin.formats import Formats
 from ckptd.plugin.guarded import GuardedTier
 from ckptd.storage.tier import Tier
@@ -50,6 +50,7 @@ class PluginManager:
         self.tiers: list[TierFactory] = self._collect("ckptd_tiers", _is_tier_factory)
         self.detectors: list[Detector] = self._collect("ckptd_detectors", _is_detector)
         self.frameworks: list[FrameworkSpec] = self._collect("ckptd_frameworks", _is_framework_spec)
+        self.checks: list[NodeCheck] = self._collect("ckptd_check_node", _is_check)
         self.formats = Formats(self._collect("ckptd_formats", _is_format_spec), _call_format)
 
     def _load(self, entry: EntryPoint) -> None:
@@ -108,18 +109,33 @@ class PluginManager:
 
     def guarded(self, name: str, function: Callable[..., Result | None], *arguments: object) -> Result | None:
         """Call a plugin's object; a fault or overrun is reported and counted, and None returned."""
-        if self._faults.get(name, 0) >= FAULTS_BEFORE_QUARANTINE:
-            return None
         begin_s = time.monotonic()
+        result = self._attempt(name, function, *arguments)
+        took_s = time.monotonic() - begin_s
+        if took_s > CALL_LIMIT_S:
+            self.overran(name, took_s)
+        return result
+
+    def unfit(self, check: NodeCheck, plan: NodePlan) -> str | None:
+        """Ask a check of the node, in whatever thread; who waits for it says when it is `overran`."""
+        return self._attempt(check.name, _examine, check, plan)
+
+    def quarantined(self, name: str) -> bool:
+        """Whether an object of that name has failed so often that it is not called any more."""
+        return self._faults.get(name, 0) >= FAULTS_BEFORE_QUARANTINE
+
+    def overran(self, name: str, took_s: float) -> None:
+        """Report and count that an object took longer than it may."""
+        self._fault(name, f"took {took_s:.1f} s, over the limit of {CALL_LIMIT_S:g} s")
+
+    def _attempt(self, name: str, function: Callable[..., Result | None], *arguments: object) -> Result | None:
+        if self.quarantined(name):
+            return None
         try:
-            result = function(*arguments)
+            return function(*arguments)
         except _ANYTHING as error:
             self._fault(name, f"{type(error).__name__}: {error}")
             return None
-        took_s = time.monotonic() - begin_s
-        if took_s > CALL_LIMIT_S:
-            self._fault(name, f"took {took_s:.1f} s, over the limit of {CALL_LIMIT_S:g} s")
-        return result
 
     def _fault(self, name: str, problem: str) -> None:
         self._faults[name] = self._faults.get(name, 0) + 1
@@ -142,6 +158,19 @@ def _is_format_spec(item: object) -> bool:
 
 def _is_detector(item: object) -> bool:
     return isinstance(getattr(item, "name", None), str) and callable(getattr(item, "on_exit", None))
+
+
+def _is_check(item: object) -> bool:
+    return isinstance(getattr(item, "name", None), str) and callable(getattr(item, "check", None))
+
+
+def _examine(check: NodeCheck, plan: NodePlan) -> str | None:
+    reason = check.check(plan)
+    if reason is None:
+        return None
+    if not isinstance(reason, str) or not reason.strip():
+        raise TypeError(f"{reason!r} is no reason")
+    return " ".join(reason.split())
 
 
 def _judge(detector: Detector, end: RankExit) -> Evidence | None:

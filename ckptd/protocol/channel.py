@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Sequence
 from typing import TypeVar
 
 from ckptd.errors import AgentError, ProtocolError, from_json
@@ -51,7 +52,7 @@ class Channel:
                 raise AgentError(f"the agent did not answer within {deadline_s:g} s")
             try:
                 self.stream.settimeout(left_s)
-                data, descriptors = _receive(self.stream)
+                data, descriptors = receive(self.stream, _READ_BYTES)
             except TimeoutError:
                 continue
             except OSError as error:
@@ -73,6 +74,35 @@ class Channel:
         if isinstance(answer, Refused):
             raise from_json(answer.error)
         return answer
+
+    def send_with(self, message: Message, descriptors: Sequence[int], deadline_s: float) -> None:
+        """Send a message with descriptors, which stay the caller's; raises `AgentError` as `send` does."""
+        self._check_open()
+        data = encode(to_frame(message))
+        try:
+            self.stream.settimeout(deadline_s)
+            sent = socket.send_fds(self.stream, [data], list(descriptors))
+            self.stream.sendall(data[sent:])
+        except OSError as error:
+            self.close()
+            raise _gone("did not take a message", error) from error
+
+    def poll(self) -> Message | None:
+        """Return the next message if it has arrived; raises `AgentError` when the peer is gone."""
+        self._check_open()
+        try:
+            self.stream.settimeout(0.0)
+            while not self._ready:
+                data, descriptors = receive(self.stream, _READ_BYTES)
+                self._descriptors += descriptors
+                if not data:
+                    raise AgentError("the agent closed the connection")
+                self._ready += [parse(frame) for frame in self._decoder.feed(data)]
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise _gone("broke the connection", error) from error
+        return self._ready.pop(0)
 
     def take_descriptors(self, count: int) -> list[int]:
         """Return `count` descriptors that came with the message just received; the caller closes them."""
@@ -112,13 +142,13 @@ def expect(answer: Message, kind: type[Kind]) -> Kind:
     return answer
 
 
-def _receive(stream: socket.socket) -> tuple[bytes, list[int]]:
-    """Receive bytes and descriptors, which no program that the script starts shall inherit.
+def receive(stream: socket.socket, most_bytes: int) -> tuple[bytes, list[int]]:
+    """Receive bytes and descriptors, which no program that this process starts shall inherit.
 
     `socket.recv_fds` can't do that: it ignores its flags.
     """
     room = socket.CMSG_SPACE(_MAX_DESCRIPTORS * _INT_BYTES)
-    data, extras, _, _ = stream.recvmsg(_READ_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+    data, extras, _, _ = stream.recvmsg(most_bytes, room, socket.MSG_CMSG_CLOEXEC)
     descriptors: list[int] = []
     for level, kind, packed in extras:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -3,66 +3,20 @@
 Each message is a frozen record with scalar, list and dict fields; on the wire it is its fields plus `"type"`.
 `parse` checks names and types of every field, so the code behind it never meets a missing key. A peer of another
 `PROTOCOL_VERSION` is refused in its first message with words that say which side is older.
-
-The records are not `dataclasses`: importing that module and generating code for thirty classes costs 50 ms, and
-every rank would pay it. `Message` does the little that is needed in plain Python.
 """
 
 from __future__ import annotations
 
-import functools
-import types
-import typing
 from typing import Any
 
-from ckptd.errors import ProtocolError
+from ckptd.protocol.message import PROTOCOL_VERSION, Message, check_version, parse, to_frame
 
-PROTOCOL_VERSION = 1
-
-
-@typing.dataclass_transform(frozen_default=True, eq_default=True)
-class Message:  # noqa: PLW1641 - unhashable on purpose: fields may be lists and dicts
-    """Base of all messages: fields from the annotations, frozen, compared and printed by value."""
-
-    _fields: typing.ClassVar[tuple[str, ...]] = ()
-
-    def __init_subclass__(cls) -> None:
-        cls._fields = tuple(cls.__annotations__)
-        _BY_TYPE[cls.__name__.lower()] = cls
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        fields = self._fields
-        if len(args) > len(fields):
-            raise TypeError(f"{type(self).__name__} takes {len(fields)} fields, {len(args)} were given")
-        values = dict(zip(fields, args, strict=False))
-        for name in fields[len(args) :]:
-            if name in kwargs:
-                values[name] = kwargs.pop(name)
-            elif hasattr(type(self), name):
-                default = getattr(type(self), name)
-                values[name] = dict(default) if isinstance(default, dict) else default
-            else:
-                raise TypeError(f"field {name!r} is missing")
-        if kwargs:
-            raise TypeError(f"{type(self).__name__} has no field {next(iter(kwargs))!r}")
-        self.__dict__.update(values)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"a message is immutable: {type(self).__name__}.{name}")
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.__dict__ == self.__dict__
-
-    def __repr__(self) -> str:
-        inner = ", ".join(f"{name}={value!r}" for name, value in self.__dict__.items())
-        return f"{type(self).__name__}({inner})"
-
-
-_BY_TYPE: dict[str, type[Message]] = {}
+__all__ = ["PROTOCOL_VERSION", "Message", "check_version", "parse", "to_frame"]
+"""What belongs to every message, for whoever uses one."""
 
 
 class Hello(Message):
-    """First message of every connection: who speaks, in which version. `role` is "rank" or "ctl"."""
+    """First message of every connection: who speaks, in which version. `role` is "rank", "launcher" or "ctl"."""
 
     role: str
     pid: int
@@ -97,13 +51,35 @@ class Done(Message):
 
 
 class Join(Message):
-    """A rank takes its place in the job. `generation` is what its launcher was told, 0 when nobody told it."""
+    """A rank takes its place in the job. `generation` is what its launcher was told, 0 when nobody told it.
+
+    So is `incarnation`, the name of this very run of the job, which another one of the same name does not have.
+    """
 
     job: str
     rank: int
     world_size: int
     generation: int
     options: dict[str, Any] = {}  # noqa: RUF012 - copied for each instance
+    incarnation: str = ""
+
+
+class Rejoin(Message):
+    """A rank that lost its agent hands back what it was lent: its control page, and then its slots, as descriptors.
+
+    `slots` are {"slot", "seal"} in the order of the descriptors; "seal" are the fields of the `Seal` by which the rank
+    has sealed it last, None when it never has. `restored` and `stepped` say whether it has its state, and has finished
+    a step of its own. The answer is `Adopted`.
+    """
+
+    job: str
+    rank: int
+    generation: int
+    incarnation: str
+    step: int
+    restored: bool
+    stepped: bool
+    slots: list[dict[str, Any]]
 
 
 class Reserve(Message):
@@ -193,11 +169,21 @@ class Admitted(Message):
     """A place in the job; its control page comes along.
 
     `offer` is None for a fresh start, else {"generation", "step", "tier", "in_memory"}; then a second descriptor holds
-    the manifest of what is offered (`ckptd.storage.manifest`), whose files the rank may `Open`.
+    the manifest of what is offered (`ckptd.storage.manifest`), whose files the rank may `Open`. `incarnation` names the
+    run of the job. A rank that loses its agent looks for another one for `agent_wait_s`; not at all when that is 0.
+    `numbers` are {"metric", "skipped"}: what of its reports to write to the ring, None for nothing, and the ranges of
+    steps to come, first and last, that it is to skip.
     """
 
     generation: int
     offer: dict[str, Any] | None = None
+    incarnation: str = ""
+    agent_wait_s: float = 0.0
+    numbers: dict[str, Any] = {}  # noqa: RUF012 - copied for each instance
+
+
+class Adopted(Message):
+    """The agent has taken over a rank that came back, or a launcher; what they say next is heard again."""
 
 
 class Opened(Message):
@@ -229,15 +215,24 @@ class Status(Message):
 
 
 class Control(Message):
-    """Ask a job to do something: `verb` is "checkpoint", "stop" or "restart".
+    """Ask a job to do something: `verb` is "checkpoint", "stop", "halt" or "restart".
 
-    A restart with `step` begins with the newest checkpoint that is no newer.
+    A restart with `step` begins with the newest checkpoint that is no newer. `options` of a stop are `grace` and
+    `no_checkpoint`; those of a halt are `after_step`, `at`, `at_next_checkpoint` and `clear`, none to see what is set.
     """
 
     job: str
     verb: str
     wait: bool = True
     step: int | None = None
+    options: dict[str, Any] = {}  # noqa: RUF012 - copied for each instance
+
+
+class Fault(Message):
+    """Do a job harm on purpose, if it allows that; `fault` is `core.policy.chaos.Fault.to_json()`."""
+
+    job: str
+    fault: dict[str, Any]
 
 
 # --- agent ↔ launcher -----------------------------------------------------------------------------------------
@@ -250,6 +245,23 @@ class Ready(Message):
     preloaded: list[str]
     skipped: dict[str, str]
     version: int = PROTOCOL_VERSION
+
+
+class Returned(Message):
+    """A launcher that lost its agent comes back to the next one, which answers `Adopted`.
+
+    `ranks` are {"rank", "pid"} of all that it was told to start last. How those ended that have is told afterwards.
+    """
+
+    job: str
+    incarnation: str
+    pid: int
+    generation: int
+    ranks: list[dict[str, int]]
+
+
+class Dissolve(Message):
+    """The launcher ends every rank and itself."""
 
 
 class Spawn(Message):
@@ -289,72 +301,4 @@ class Exited(Message):
     pid: int
     returncode: int
     at_s: float
-
-
-def to_frame(message: Message) -> dict[str, Any]:
-    """Return the JSON object of a message."""
-    return {"type": type(message).__name__.lower(), **message.__dict__}
-
-
-def parse(frame: dict[str, Any]) -> Message:
-    """Return the message of a JSON object; raises `ProtocolError` that names what does not fit."""
-    name = frame.get("type")
-    kind = _BY_TYPE.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise ProtocolError(f"a peer sent a message of unknown type {name!r}")
-    spec = _spec(kind.__name__.lower())
-    # A greeting of another version is read as far as we know it, so that the answer can say which side is older.
-    foreign = kind in {Hello, Welcome} and frame.get("version", PROTOCOL_VERSION) != PROTOCOL_VERSION
-    values: dict[str, Any] = {}
-    for key, value in frame.items():
-        if key == "type":
-            continue
-        if key not in spec and foreign:
-            continue
-        if key not in spec:
-            raise ProtocolError(f"message {name!r} has no field {key!r}")
-        if not _fits(value, spec[key]):
-            raise ProtocolError(f"field {key!r} of message {name!r} is not of type {spec[key]}")
-        values[key] = value
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ProtocolError(f"message {name!r} is incomplete: {error}") from error
-
-
-def check_version(theirs: int, peer: str) -> None:
-    """Refuse a peer of another protocol version, saying which side is older."""
-    if theirs != PROTOCOL_VERSION:
-        older = peer if theirs < PROTOCOL_VERSION else "this side"
-        raise ProtocolError(
-            f"{peer} speaks protocol version {theirs}, this side {PROTOCOL_VERSION}",
-            hint=f"{older} is older: install one version of ckptd on both sides",
-        )
-
-
-@functools.cache
-def _spec(name: str) -> dict[str, Any]:
-    kind = _BY_TYPE[name]
-    hints = typing.get_type_hints(kind)
-    return {field: hints[field] for field in kind._fields}
-
-
-def _fits(value: object, wanted: Any) -> bool:
-    origin = typing.get_origin(wanted)
-    if origin is types.UnionType:
-        return any(_fits(value, part) for part in typing.get_args(wanted))
-    if wanted is Any:
-        return True
-    if wanted is types.NoneType:
-        return value is None
-    if origin is list:
-        (item,) = typing.get_args(wanted)
-        return isinstance(value, list) and all(_fits(part, item) for part in value)
-    if origin is dict:
-        _, item = typing.get_args(wanted)
-        return isinstance(value, dict) and all(_fits(part, item) for part in value.values())
-    if wanted is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if wanted is int:  # none is larger than a word of the control page
-        return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64
-    return isinstance(value, wanted)
+    core_dumped: bool = False

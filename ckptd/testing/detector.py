@@ -7,7 +7,7 @@ import time
 
 from ckptd.plugin import Detector
 from ckptd.plugin.manager import CALL_LIMIT_S
-from ckptd.types import Evidence, RaisedException, RankExit
+from ckptd.types import Evidence, OomKill, RaisedException, RankExit
 
 _LAST_SIGNAL = 64
 _RAISED = RaisedException("RuntimeError", "boom", 'Traceback (most recent call last):\n  File "train.py"\n')
@@ -25,6 +25,12 @@ ENDS: tuple[RankExit, ...] = (
         RankExit(rank=1023, pid=4242, returncode=code, at_s=12.5, exception=exception, last_lines=("one", "two"))
         for code in (0, 1, -9)
         for exception in (_RAISED, _LONG, _EMPTY, _STRANGE, _OURS)
+    ),
+    RankExit(rank=1, pid=4242, returncode=-6, at_s=12.5, core_dumped=True),
+    *(
+        RankExit(rank=1, pid=4242, returncode=-9, at_s=12.5, exception=exception, oom=oom)
+        for exception in (None, _RAISED)
+        for oom in (OomKill("Killed process 4242", True, "/a b", 2**26), OomKill("", False))
     ),
     RankExit(rank=2, pid=4242, returncode=1, at_s=1e9, last_lines=("CUDA error: an illegal memory access",) * 100),
     RankExit(rank=2, pid=4242, returncode=1, at_s=12.5, last_lines=("", "\x1b[0m", "\0", "ä☃\ud800")),

@@ -24,6 +24,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ckptd.journal": {"ckptd.errors", "ckptd.types"},
     "ckptd.places": {"ckptd.errors"},
     "ckptd.store_config": {"ckptd.errors", "ckptd.units", "ckptd.places"},
+    "ckptd.watch_config": {"ckptd.errors", "ckptd.units"},
+    "ckptd.numbers_config": {"ckptd.errors", "ckptd.core.policy"},
+    "ckptd.halt_config": {"ckptd.errors", "ckptd.units"},
     "ckptd.config": {
         "ckptd.errors",
         "ckptd.units",
@@ -31,6 +34,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ckptd.storage.keys",
         "ckptd.places",
         "ckptd.store_config",
+        "ckptd.watch_config",
+        "ckptd.halt_config",
+        "ckptd.numbers_config",
+        "ckptd.core.policy",
     },
     "ckptd.tiers": {
         "ckptd.errors",
@@ -57,6 +64,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ckptd.journal",
         "ckptd.config",
         "ckptd.store_config",
+        "ckptd.watch_config",
+        "ckptd.halt_config",
         "ckptd.tiers",
         "ckptd.protocol",
         "ckptd.core",
@@ -74,6 +83,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ckptd.config",
         "ckptd.places",
         "ckptd.store_config",
+        "ckptd.watch_config",
+        "ckptd.numbers_config",
+        "ckptd.halt_config",
         "ckptd.tiers",
         "ckptd.protocol",
         "ckptd.core",
@@ -117,6 +129,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "ckptd_plugins.storage_s3": {"s3fs", "botocore"},
     "ckptd_plugins.storage_obstore": {"obstore", "botocore"},
     "ckptd_plugins.storage_fsspec": {"fsspec"},
+    "ckptd_plugins.check_gpu": {"pynvml"},
 }
 """Which layers need something that is not in the standard library; all others need nothing."""
 

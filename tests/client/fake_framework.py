@@ -42,6 +42,18 @@ class FakeFramework:
         return binding
 
 
+class FakeNumber:
+    """A number on a device, which is `done` when the test says so."""
+
+    def __init__(self, value: float) -> None:
+        self.done = False
+        self._value = value
+
+    def value(self) -> float:
+        """Return it."""
+        return self._value
+
+
 class FakeBinding:
     """The `Binding`. Its background copies wait until the test lets them go, unless `held` is False."""
 
@@ -54,6 +66,7 @@ class FakeBinding:
         self.held = False
         self.whole_bytes = 0
         self.hooks: list[Callable[[], None]] = []
+        self.add_wait: Callable[[int], None] | None = None
         self.images: list[FakeImage] = []
         self.copies: list[FakeCopy] = []
         self.closed = 0
@@ -73,9 +86,17 @@ class FakeBinding:
         self.images.append(image)
         return image
 
+    def number(self, value: object) -> FakeNumber | None:
+        """Take a number that says to be on its way; all others lie in main memory."""
+        return value if isinstance(value, FakeNumber) else None
+
     def before_optimizer_steps(self, wait: Callable[[], None]) -> None:
         """Call it before every step of the optimizer."""
         self.hooks.append(wait)
+
+    def count_waits(self, add: Callable[[int], None]) -> None:
+        """Let the test say what was waited."""
+        self.add_wait = add
 
     def optimizer_step(self, contents: bytes | None = None) -> None:
         """Step the way an optimizer does: hooks first, then new contents for the tensors."""

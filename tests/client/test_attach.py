@@ -59,7 +59,28 @@ def test_what_to_resume_from(
     """The argument, else the variable, tells the agent with which job's checkpoint this one is to begin."""
     monkeypatch.setenv("CKPTD_RESUME_FROM", variable)
     with ckptd.attach(data=bytearray(4), every=1, store="/x", **arguments):
-        assert agent.heard(m.Join)[0].options == {"store": "/x", "every_s": 1.0, **told}
+        assert agent.heard(m.Join)[0].options == {"store": "/x", "every_s": 1.0, "hang": False, **told}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rank", "told"),
+    [
+        ({}, None, {"hang": False}),
+        ({}, "0", {}),
+        ({"hang": {"floor": "2s"}}, None, {"hang": {"floor": "2s"}}),
+        ({"hang": "floor=2s"}, "0", {"hang": "floor=2s"}),
+        ({"hang": False}, "0", {"hang": False}),
+    ],
+)
+def test_who_may_hang(
+    agent: FakeAgent, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], rank: str | None, told: dict[str, Any]
+) -> None:
+    """A process that no launcher has started is not to be killed for standing still, unless it says so."""
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with ckptd.attach(data=bytearray(4), **arguments):
+        options = agent.heard(m.Join)[0].options
+        assert {key: value for key, value in options.items() if key == "hang"} == told
 
 
 def test_attach_twice_is_refused(agent: FakeAgent) -> None:

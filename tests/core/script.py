@@ -12,13 +12,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptd.core import events as e
+from ckptd.core.adopt_events import Recall
+from ckptd.core.gate_events import CheckNode, NodeChecked
+from ckptd.core.halt_events import Leave
 from ckptd.core.job import JobMachine, JobSpec, Now
 from ckptd.core.job_spec import TierSpec
+from ckptd.core.number_events import Marked
+from ckptd.core.policy.gate import Unfit
+from ckptd.core.policy.hang import HangPolicy
+from ckptd.core.policy.numbers import NumbersPolicy
 from ckptd.core.policy.restart import RestartPolicy
 from ckptd.core.policy.retention import RetentionPolicy
 from ckptd.core.prune_events import Collect, MakeRoom, Prune, Pruned, RoomMade
 from ckptd.core.restore import Source
 from ckptd.core.scrub_events import Mend, Scrub
+from ckptd.core.watch_events import EndRanks, Gather
 from ckptd.errors import CkptdError, DamagedError, StoreError
 from ckptd.types import CheckpointId, Evidence, RaisedException
 
@@ -57,6 +65,8 @@ class Script:
         slots: int = 2,
         scrub_s: float = 0.0,
         further: Sequence[TierSpec] = (),
+        numbers: NumbersPolicy | None = None,
+        hang: HangPolicy | None = None,
         **policy: Any,
     ):
         spec = JobSpec(
@@ -67,6 +77,8 @@ class Script:
             slots=slots,
             tiers=(TierSpec(TIER, RetentionPolicy(keep), scrub_s=scrub_s), *further),
             restart=RestartPolicy(**policy),
+            numbers=numbers or NumbersPolicy(),
+            hang=hang,
         )
         self.machine = JobMachine(spec)
         self.now_s = 0.0
@@ -74,6 +86,8 @@ class Script:
         self.pids: dict[int, int] = {}
         self.effects: list[e.Effect] = []
         self.incidents: dict[int, Any] = {}
+        self.node: str | None = ""
+        """What the check "disk" of the node says at once: nothing when it is fit, None when it does not answer."""
         self._next_pid = 100
 
     @property
@@ -86,6 +100,9 @@ class Script:
         return self._show(self.machine.handle(event, Now(self.now_s, 1e9 + self.now_s)))
 
     def _show(self, effects: Sequence[e.Effect]) -> list[str]:
+        if CheckNode() in effects and self.node is not None:
+            unfit = (Unfit("disk", self.node),) if self.node else ()
+            effects = [*effects, *self.machine.handle(NodeChecked(unfit), Now(self.now_s, 1e9 + self.now_s))]
         self.effects = list(effects)
         for effect in effects:
             if isinstance(effect, e.Record):
@@ -274,6 +291,8 @@ def show(effect: e.Effect) -> str:
     match effect:
         case e.ReadStore():
             return "read store"
+        case Recall():
+            return "recall"
         case e.Fetch():
             return f"fetch {effect.source.id}{'' if effect.source.tier == TIER else f' from {effect.source.tier}'}"
         case e.Claim():
@@ -286,7 +305,7 @@ def show(effect: e.Effect) -> str:
         case e.Whole():
             return "whole"
         case e.Announce():
-            return f"announce {effect.step}"
+            return f"announce {effect.step}{', the last' if effect.last else ''}"
         case e.Release():
             return f"release {effect.rank}:{effect.slot}"
         case e.Flush():
@@ -304,6 +323,14 @@ def show(effect: e.Effect) -> str:
             return f"scrub {effect.source}"
         case Mend():
             return f"mend {effect.source}"
+        case Leave():
+            return "leave"
+        case Gather() if effect.evidence.kind != "hang":
+            return ""  # nobody waits for it: see `test_job_straggling`
+        case Gather():
+            return f"gather {effect.incident}: {effect.evidence.kind} of rank {effect.evidence.rank}"
+        case EndRanks():
+            return f"end ranks {' '.join(map(str, effect.ranks))}"
         case e.Kill():
             return f"kill {int(effect.signal)}"
         case e.Dismiss():
@@ -312,6 +339,8 @@ def show(effect: e.Effect) -> str:
             return _incident(effect)
         case e.Log():
             return "" if effect.level == "debug" else f"log {effect.event}"
+        case Marked() | CheckNode():
+            return ""
         case e.End():
             error = "" if effect.error is None else f": {type(effect.error).__name__}: {effect.error.message}"
             return f"end {effect.outcome}{error}"

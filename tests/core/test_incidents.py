@@ -86,7 +86,7 @@ def test_the_decision_is_kept_in_words():
 def test_an_incident_has_the_shape_that_is_documented():
     """Proves the fields of `ckptctl incidents --json`, which others parse."""
     incident = opened()
-    incident.add_consequence("rank 0 was killed by signal 9")
+    incident.follow(["rank 0 was killed by signal 9"])
     shape = incident.snapshot().to_json()
     assert set(shape) == {
         "number", "job", "generation", "cause", "rank", "signal", "returncode", "failed_at", "failed_step",

@@ -7,20 +7,62 @@ import pytest
 from ckptd.core import events as e
 from ckptd.core.keeper import FINAL_FLUSH_TRIES
 from ckptd.errors import ConfigError, JobFailedError, MemoryBudgetError
+from ckptd.types import Evidence
 from tests.core.script import Script, raised
 
 REFUSED = ConfigError("train.py can't be executed: no such file")
 
 
+def gone(rank: int) -> Evidence:
+    """The evidence of a rank that was told to leave."""
+    return Evidence("exit", "exit", rank, 1.0, f"rank {rank} ended with exit code 75", 0.0, returncode=75)
+
+
 def test_a_stop_captures_first(captured):
-    """Proves that a stop takes a checkpoint at the next boundary, waits for its commit and then ends the ranks."""
+    """Proves that a stop captures at the next boundary, has the ranks leave there, and ends with the commit."""
     captured.now_s += 1
     assert captured.stop() == ["log stopping"]
-    assert captured.progress(12) == ["announce 13"]
-    assert captured.all_sealed(13, slot=1) == ["announce None", "flush g1/s13", "release 0:0", "release 1:0"]
-    assert captured.committed("g1/s13") == ["log checkpoint committed", "kill 15"]
-    captured.exited(0)
-    assert captured.exited(1) == ["end stopped"]
+    assert captured.progress(12) == ["announce 13, the last"]
+    assert captured.sealed(0, 13, slot=1) == []
+    sealed = ["announce None", "flush g1/s13", "release 0:0", "release 1:0"]
+    assert captured.sealed(1, 13, slot=1) == [*sealed, "leave", "log leaving"]
+    assert captured.progress(13) == []
+    captured.exited(0, gone(0))
+    assert captured.exited(1, gone(1)) == ["log scavenging"]
+    assert captured.committed("g1/s13") == ["log checkpoint committed", "end stopped"]
+    assert captured.incidents == {}
+
+
+def test_ranks_that_do_not_leave_are_ended_with_the_grace(captured):
+    """Proves that ranks have the rest of the grace to clean up, and are ended then, with the checkpoint in place."""
+    captured.now_s += 1
+    captured.stop(grace_s=20)
+    captured.progress(12)
+    captured.all_sealed(13, slot=1)
+    assert captured.committed("g1/s13") == ["log checkpoint committed"]
+    captured.exited(0, gone(0))
+    assert captured.wait(19) == []
+    assert captured.wait(2) == ["kill 15"]
+    assert captured.wait(5) == ["kill 9"]
+    assert captured.die(1) == ["end stopped"]
+
+
+def test_a_shorter_grace_counts(captured):
+    """Proves that a second stop which has less time than the first shortens the wait, and a longer one does not."""
+    captured.stop(grace_s=600)
+    captured.stop(grace_s=20)
+    captured.stop(grace_s=60)
+    assert captured.wait(19) == []
+    assert captured.wait(2) == ["log stop without checkpoint", "kill 15"]
+
+
+def test_a_third_stop_waits_for_nothing(captured):
+    """Proves that who asks three times gets the end at once, and is told what is lost with it."""
+    captured.capture(20, 1)
+    captured.stop()
+    assert captured.stop(checkpoint=False) == ["kill 9"]
+    lines = captured.stop(checkpoint=False)
+    assert lines == ["kill 9", "log scavenging", "log snapshot abandoned", "end stopped"]
 
 
 def test_a_stop_waits_for_one_checkpoint_only():
@@ -31,20 +73,20 @@ def test_a_stop_waits_for_one_checkpoint_only():
     job.progress(2)
     job.stop()
     job.now_s += 0.1
-    assert job.progress(2) == ["announce 3"]
+    assert job.progress(2) == ["announce 3, the last"]
     job.all_sealed(3, slot=0)
     job.now_s += 5
     assert job.progress(13) == []
-    assert job.committed("g1/s3") == ["log checkpoint committed", "kill 15"]
+    assert job.committed("g1/s3") == ["log checkpoint committed"]
 
 
 def test_a_missed_step_does_not_end_the_wish_of_a_stop(captured):
     """Proves that a stop tries again when a rank was past the step that it announced."""
     captured.now_s += 1
     captured.stop()
-    assert captured.progress(12) == ["announce 13"]
+    assert captured.progress(12) == ["announce 13, the last"]
     captured.missed(0, 13)
-    assert captured.progress(14) == ["announce 16"]
+    assert captured.progress(14) == ["announce 16, the last"]
 
 
 def test_a_stop_waits_no_longer_than_its_grace(captured):
@@ -69,7 +111,7 @@ def test_stopping_twice_stops_at_once(captured):
 
 def test_a_stop_without_checkpoint_ends_the_ranks_now(captured):
     """Proves that a stop may do without a checkpoint."""
-    assert captured.stop(checkpoint=False) == ["kill 15"]
+    assert captured.stop(checkpoint=False) == ["log stopping", "kill 15"]
 
 
 def test_a_stop_does_not_wait_for_a_rank_that_is_dead(captured):
@@ -83,7 +125,7 @@ def test_ranks_that_finish_while_they_are_stopped_are_let_go(captured):
     """Proves that training which ends by itself during a stop is committed and dismissed without waiting."""
     captured.now_s += 1
     captured.stop()
-    assert captured.progress(12) == ["announce 13"]
+    assert captured.progress(12) == ["announce 13, the last"]
     assert captured.all_sealed(12, slot=1, final=True)[:2] == ["announce None", "log snapshot abandoned"]
     captured.left(0, 12)
     captured.left(1, 12)
@@ -94,7 +136,7 @@ def test_ranks_that_finish_while_they_are_stopped_are_let_go(captured):
 
 def test_a_stop_before_the_first_rank_does_not_wait_for_any(begun):
     """Proves that a job which is stopped while its launcher still imports ends at once."""
-    assert begun.stop() == ["kill 9", "end stopped"]
+    assert begun.stop() == ["log stopping", "kill 9", "end stopped"]
 
 
 @pytest.mark.parametrize("answer", ["store", "fetched", "fetch_failed", "claimed"])
@@ -104,7 +146,7 @@ def test_an_answer_that_comes_after_the_stop_changes_nothing(captured, answer):
     captured.feed(e.RestartWanted(10))
     captured.all_die()
     assert captured.state == "preparing"
-    assert captured.stop() == ["log scavenging"]
+    assert captured.stop() == ["log stopping", "log scavenging"]
     assert captured.state == "draining"
     calls = {
         "store": lambda: captured.store("g1/s10"),
@@ -118,7 +160,7 @@ def test_an_answer_that_comes_after_the_stop_changes_nothing(captured, answer):
 
 def test_a_job_can_be_stopped_before_it_has_begun(job):
     """Proves that pending is no trap."""
-    assert job.stop() == ["end stopped"]
+    assert job.stop() == ["log stopping", "end stopped"]
 
 
 def test_the_end_waits_for_what_memory_holds():
@@ -194,7 +236,7 @@ def test_a_rank_that_can_not_be_started_while_another_dies(begun):
 def test_a_rank_that_can_not_be_started_during_a_stop(begun):
     """Proves that a stop does not wait for a rank that never came to be, and stays a stop."""
     begun.spawned_one(0)
-    assert begun.stop() == ["kill 15"]
+    assert begun.stop() == ["log stopping", "kill 15"]
     assert begun.feed(e.SetupFailed(REFUSED)) == ["kill 9", "end stopped"]
 
 

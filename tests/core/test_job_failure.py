@@ -190,13 +190,15 @@ def test_a_restart_that_makes_progress_is_not_delayed(captured):
         generation, step = generation + 1, step + 2
 
 
-def test_the_launcher_takes_every_rank_along(captured):
-    """Proves that a dead launcher counts as the end of all ranks at once."""
-    assert captured.feed(e.LauncherExited(launcher_end())) == [
-        "log rank failed", "incident 1 open: the launcher ended with SIGKILL", "kill 9",
-        "incident 1 open: the launcher ended with SIGKILL", "claim 2 after g1/s10",
+def test_a_launcher_that_dies_before_its_ranks_train(captured):
+    """Proves that ranks which have nothing to capture yet are ended at once with their launcher."""
+    captured.all_die()
+    captured.up_to_joined(2)
+    assert captured.feed(e.LauncherExited(launcher_end()))[-3:] == [
+        "log rank failed", "incident 2 open: the launcher ended with SIGKILL", "kill 9",
     ]  # fmt: skip
-    assert captured.die(0) == []
+    captured.exited(0)
+    assert captured.exited(1)[-1] == "claim 3 after g1/s10"
 
 
 def test_a_launcher_that_ends_between_two_generations_is_no_failure(captured):
@@ -207,9 +209,10 @@ def test_a_launcher_that_ends_between_two_generations_is_no_failure(captured):
 
 
 def test_a_launcher_that_ends_while_the_ranks_are_killed_changes_nothing_else(captured):
-    """Proves that the launcher's death during a recovery only shortens the wait for the ranks."""
+    """Proves that the launcher's death during a recovery has its ranks killed by the agent itself."""
     captured.die(0)
-    assert captured.feed(e.LauncherExited(launcher_end()))[-1] == "claim 2 after g1/s10"
+    assert captured.feed(e.LauncherExited(launcher_end())) == ["kill 9"]
+    assert captured.exited(1)[-1] == "claim 2 after g1/s10"
     assert len(captured.incidents) == 1
 
 

@@ -21,7 +21,7 @@ def died(step: int, *, progressed: bool) -> Failure:
 
 def raised(step: int, *, progressed: bool = False, message: str = "ValueError: nan") -> Failure:
     """Return an exception of the script."""
-    return Failure(message, step, progressed, is_exception=True)
+    return Failure(message, step, progressed, by_script=True)
 
 
 failures = st.lists(
@@ -30,7 +30,7 @@ failures = st.lists(
         st.sampled_from([DIED, "ValueError: nan", "exit 3"]),
         st.integers(0, 3),
         st.booleans(),
-        is_exception=st.booleans(),
+        by_script=st.booleans(),
     ),
     min_size=1,
     max_size=12,
@@ -69,7 +69,7 @@ def test_three_same_exceptions_are_a_bug_of_the_script():
     assert not decision.restart
     assert decision.verdict == "the same failure 3 times in a row at step 5: ValueError: nan"
     assert decision.reasons == (
-        "3 times is the limit for an exception without progress, and there is no older checkpoint to try",
+        "3 times is the limit for what a script does itself without progress, and there is no older checkpoint to try",
     )
     assert decide([raised(5), raised(6), raised(5)], RestartPolicy()).restart
     assert decide([raised(5), raised(5, message="KeyError: 'x'"), raised(5)], RestartPolicy()).restart
@@ -146,7 +146,7 @@ def test_the_budget_is_the_number_of_restarts():
 
 def test_a_refusal_ends_the_job_at_once():
     """Proves that what ckptd itself refused, such as state that does not fit, is not tried again."""
-    refusal = Failure("StateError", 0, progressed=True, is_exception=True, refused="layer 3 does not fit")
+    refusal = Failure("StateError", 0, progressed=True, by_script=True, refused="layer 3 does not fit")
     assert decide([refusal], RestartPolicy()).verdict == "layer 3 does not fit"
 
 

@@ -87,8 +87,14 @@ class BytesBinding:
                 values[name] = value
         return BytesImage(tensors, json.dumps(values).encode(), () if whole else self._membership.replicated or ())
 
+    def number(self, value: object) -> None:
+        """Find nothing on a device."""
+
     def before_optimizer_steps(self, wait: Callable[[], None]) -> None:
         """Do nothing: no copy is ever pending."""
+
+    def count_waits(self, add: Callable[[int], None]) -> None:
+        """Do nothing: it can't tell."""
 
     def restore(self, offered: OfferedCheckpoint) -> None:
         """Fill the state in place, from the rank's own shard, or that of another rank if the job has grown."""

@@ -72,7 +72,7 @@ def test_an_agent_that_is_stopped_while_a_rank_trains_on(node: Node) -> None:
     agent.send_signal(signal.SIGTERM)
     until(lambda: puppet.train(1, 0.002) and not node.agents(), "the end of the agent")
     assert len(node.manifests()) == 1
-    puppet.do("run._look_ns = run._due_ns = 1")
+    until(lambda: puppet.train(1, 0.002) and not puppet.do("result = run.protected"), "its being noticed")
     puppet.train(100)
     assert puppet.said.count("UNPROTECTED") == 1
     assert puppet.do("result = run.protected") is False

@@ -104,7 +104,7 @@ def test_what_a_guest_reports_is_not_the_holders(node: Node, agent: AgentThread)
         guest.do("import threading\nckptd.attach(lock=threading.Lock())")
     holder.kill()
     (incident,) = until(node.incidents, "the incident")
-    assert incident["cause"] == "rank 0 ended while it was training"
+    assert incident["cause"] in ("rank 0 was killed by SIGKILL", "rank 0 ended while it was training")  # by kernel
     assert incident["exception"] is None
 
 
@@ -146,7 +146,8 @@ def test_a_rank_speaks_only_after_it_joined(speaker: Speaker) -> None:
 
 def test_a_slot_that_was_not_lent_can_not_be_sealed(speaker: Speaker, agent: AgentThread) -> None:
     """Sealing a slot that the rank doesn't have is refused in the log, and nothing is flushed."""
-    assert speaker.join() == m.Admitted(1, None)
+    admitted = speaker.join()
+    assert (admitted.generation, admitted.offer) == (1, None)
     speaker.channel.send(m.Seal(1, 5, 4096, 0.0, final=True), PATIENCE_S)
     assert isinstance(speaker.ask(m.Reserve(4096)), m.Lent)
     (refusal,) = agent.events("message refused")
@@ -189,7 +190,8 @@ def test_bad_options_are_refused(node: Node, speaker: Speaker, agent: AgentThrea
     with pytest.raises(CkptdError):
         speaker.join(**options)
     assert not agent.call(lambda: agent.agent.jobs)
-    assert speaker.join() == m.Admitted(1, None)
+    admitted = speaker.join()
+    assert (admitted.generation, admitted.offer) == (1, None)
 
 
 WORD = st.integers(0, 4) | st.integers(-(2**63), 2**64 - 1) | st.integers(-(10**30), 10**30)
@@ -230,7 +232,8 @@ def test_no_message_crashes_the_agent(node: Node, agent: AgentThread, said: list
     """Whatever a rank of our own version says or writes into its page is handled or refused, in whatever order."""
     speaker = Speaker(node)
     name = f"job-{agent.call(lambda: len(agent.agent.jobs))}"
-    assert speaker.join(name, every_s=0.001) == m.Admitted(1, None)
+    admitted = speaker.join(name, every_s=0.001)
+    assert (admitted.generation, admitted.offer) == (1, None)
     assert speaker.page is not None
     for message in said:
         try:

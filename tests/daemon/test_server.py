@@ -239,20 +239,22 @@ def test_the_socket_of_a_successor_is_left_alone(tmp_path: Path, monkeypatch: py
     unlink = Path.unlink
 
     def try_to_start() -> None:
-        monkeypatch.setattr(Path, "unlink", unlink)
         if not second:
             with contextlib.suppress(AgentError):
                 second.append(Listening(path))
 
     def race(self: Path, missing_ok: bool = False) -> None:
+        monkeypatch.setattr(Path, "unlink", unlink)
         try_to_start()
         unlink(self, missing_ok)
         try_to_start()
+        monkeypatch.setattr(Path, "unlink", race)
 
     async def main() -> None:
         first = Listening(path)
         monkeypatch.setattr(Path, "unlink", race)
         first.server.close()
+        monkeypatch.setattr(Path, "unlink", unlink)
         assert second
         channel, _ = await blocking(open_channel, str(path), "ctl", PATIENCE_S)
         channel.close()

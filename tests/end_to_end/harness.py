@@ -146,6 +146,11 @@ class World:
         assert status is not None
         os.kill(status["ranks"][rank]["pid"], number)
 
+    def kill_pid(self, pid: int) -> None:
+        """Kill a process of this world."""
+        assert pid in {process.pid for process in self.processes()}
+        os.kill(pid, signal.SIGKILL)
+
     def processes(self) -> list[psutil.Process]:
         """Return every process of this world that is alive, whoever its parent is now."""
         found = []

@@ -34,7 +34,7 @@ def test_a_run_checkpoints_and_every_verb_answers_after_it(world: World) -> None
     assert "[1] trained" in output
     listed = world.json("ls", "train")
     assert {key for item in listed for key in item} == {
-        "generation", "step", "tier", "committed_at", "size_bytes", "shards", "world_size",
+        "generation", "step", "tier", "committed_at", "size_bytes", "shards", "world_size", "health",
     }  # fmt: skip
     assert listed[0]["step"] == 60
     assert 1 <= len(listed) <= 3
@@ -42,8 +42,11 @@ def test_a_run_checkpoints_and_every_verb_answers_after_it(world: World) -> None
     assert status["state"] == "finished"
     assert status["step"] == 60
     assert status["last_committed"] == {"step": 60, "tier": "local"}
-    assert set(status) == {"job", "state", "generation", "step", "ranks", "last_committed", "restarts", "scrub"}
-    assert [set(rank) for rank in status["ranks"]] == [{"rank", "pid", "state", "step"}] * 2
+    assert set(status) == {
+        "job", "state", "generation", "step", "ranks", "last_committed", "restarts", "scrub", "numbers", "hang",
+        "warnings", "halt",
+    }  # fmt: skip
+    assert [set(rank) for rank in status["ranks"]] == [{"rank", "pid", "state", "step", "section"}] * 2
     assert world.json("incidents", "train") == []
     manifest = world.json("show", "train")
     assert (manifest["format"], manifest["step"], manifest["complete"]) == (1, 60, True)

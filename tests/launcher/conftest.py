@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import pytest
 
 from ckptd.errors import AgentError
-from ckptd.launcher.command import launcher_argv
+from ckptd.launcher.command import Belonging, launcher_argv
 from ckptd.launcher.environment import free_port, rank_env
 from ckptd.protocol import messages
 from ckptd.protocol.channel import Channel
@@ -65,11 +65,12 @@ class Agent:
         command: Sequence[str],
         *,
         preload: Sequence[str],
-        on_agent_loss: Literal["end", "keep"],
+        belongs: Belonging | None,
         cwd: Path,
         env: Mapping[str, str],
     ) -> None:
         self.folder = folder
+        self._waits = belongs is not None
         self.pids: dict[int, int] = {}
         self.strangers: list[int] = []
         self.inbox: list[messages.Message] = []
@@ -81,7 +82,7 @@ class Agent:
             control_fd=theirs.fileno(),
             command=command,
             preload=preload,
-            on_agent_loss=on_agent_loss,
+            belongs=belongs,
         )
         with theirs, (folder / "launcher.out").open("wb") as out, (folder / "launcher.err").open("wb") as err:
             self.process = subprocess.Popen(
@@ -165,6 +166,8 @@ class Agent:
     def close(self) -> None:
         """End the launcher as an agent does that goes away; kill by number whatever a broken one has left."""
         self.channel.close()
+        if self._waits:
+            self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(DEADLINE_S)
         if self.process.poll() is None:
@@ -242,7 +245,7 @@ def start(tmp_path: Path, modules: Path) -> Iterator[StartAgent]:
         command: Sequence[str],
         *,
         preload: Sequence[str] = ("json",),
-        on_agent_loss: Literal["end", "keep"] = "end",
+        belongs: Belonging | None = None,
         cwd: Path | None = None,
         **env: str,
     ) -> Agent:
@@ -251,7 +254,7 @@ def start(tmp_path: Path, modules: Path) -> Iterator[StartAgent]:
         work = cwd or tmp_path / "work"
         work.mkdir(exist_ok=True)
         environ = {**os.environ, "PYTHONPATH": str(modules), "TEST_MARK": str(tmp_path), **env}
-        agent = Agent(folder, command, preload=preload, on_agent_loss=on_agent_loss, cwd=work, env=environ)
+        agent = Agent(folder, command, preload=preload, belongs=belongs, cwd=work, env=environ)
         agents.append(agent)
         return agent
 

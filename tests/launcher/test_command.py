@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ckptd.errors import ConfigError
-from ckptd.launcher.command import LauncherOptions, RankCommand, launcher_argv, plan_command
+from ckptd.launcher.command import Belonging, LauncherOptions, RankCommand, launcher_argv, plan_command
 
 FILES = {
     "/job/train.py",
@@ -94,7 +94,7 @@ def test_options_survive_the_command_line():
         control_fd=7,
         command=("train.py", "--", "--control-fd", "9"),
         preload=("torch", "torch.distributed"),
-        keep=True,
+        belongs=Belonging("gpt", "0123", "/run/ckptd.sock", 600.5),
         skipped={"a.b": "starts threads: x=1, --y"},
         began_s=12.25,
     )
@@ -103,14 +103,18 @@ def test_options_survive_the_command_line():
 
 def test_launcher_argv_is_the_documented_command():
     """The agent starts the launcher as `PYTHON -m ckptd.launcher OPTIONS -- COMMAND`."""
-    argv = launcher_argv(python="PY", control_fd=5, command=["-m", "train"], preload=["torch"], on_agent_loss="keep")
+    belongs = Belonging("gpt", "0123", "/run/ckptd.sock", 600.5)
+    argv = launcher_argv(python="PY", control_fd=5, command=["-m", "train"], preload=["torch"], belongs=belongs)
     assert argv == [
         "PY",
         "-m",
         "ckptd.launcher",
         "--control-fd=5",
         "--preload=torch",
-        "--on-agent-loss=keep",
+        "--job=gpt",
+        "--incarnation=0123",
+        "--socket=/run/ckptd.sock",
+        "--agent-wait=600.5",
         "--",
         "-m",
         "train",

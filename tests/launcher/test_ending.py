@@ -67,21 +67,6 @@ def test_killing_the_launcher_takes_its_ranks_with_it(start, script, until, live
     until(lambda: not any(lives(pid) for pid in ranks), "the ranks have ended")
 
 
-def test_ranks_go_on_without_an_agent_when_asked_to(start, script, tmp_path, until, lives):
-    """With `--on-agent-loss keep` ranks run to their end, and only then the launcher ends."""
-    agent = start([str(script(FAMILY))], on_agent_loss="keep")
-    go = tmp_path / "go"
-    pid = agent.spawn(0, {"STAY": "1", "GO": str(go)})
-    children = family_of(agent, until)
-    agent.channel.close()
-    with pytest.raises(subprocess.TimeoutExpired):
-        agent.process.wait(0.3)
-    assert lives(pid)
-    go.touch()
-    assert agent.process.wait(60) == 0
-    assert [pid for pid in [pid, *children] if lives(pid)] == []
-
-
 def test_kill_ends_ranks_that_ignore_everything_else(start, script, until, lives):
     """SIGTERM may be ignored; SIGKILL ends all ranks and whatever descends from them, and the launcher serves on."""
     agent = start([str(script(FAMILY))])
@@ -227,8 +212,8 @@ def test_a_peer_that_speaks_nonsense_is_a_lost_agent(start, script, until, lives
 
 
 def test_an_idle_launcher_ends_with_its_agent(start, script):
-    """A launcher without ranks has nothing to wait for, whatever it was told to keep."""
-    agent = start([str(script(""))], on_agent_loss="keep")
+    """A launcher that nobody goes on with ends with its agent, also when it has no ranks."""
+    agent = start([str(script(""))])
     agent.expect(messages.Ready)
     agent.channel.close()
     assert agent.process.wait(60) == 0

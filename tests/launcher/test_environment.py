@@ -32,6 +32,8 @@ def test_rank_env_has_exactly_torchruns_names_and_ours():
         restarts=4,
         max_restarts=9,
         overlap="off",
+        incarnation="0123",
+        agent_wait_s=600.0,
         group_rank=1,
         group_world_size=2,
     )
@@ -55,6 +57,8 @@ def test_rank_env_has_exactly_torchruns_names_and_ours():
         "CKPTD_JOB": "gpt",
         "CKPTD_GENERATION": "5",
         "CKPTD_OVERLAP": "off",
+        "CKPTD_INCARNATION": "0123",
+        "CKPTD_AGENT_WAIT": "600",
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ckptd.testing import DetectorSuite
-from ckptd.types import RaisedException, RankExit
+from ckptd.types import OomKill, RaisedException, RankExit
 from ckptd_plugins.detector_exit import ExitDetector
 
 
@@ -29,7 +29,8 @@ _RAISED = RaisedException("RuntimeError", "shapes differ\n  at layer 3", "Traceb
         (-34, None, "signal", 34, "rank 3 was killed by SIGRTMIN"),
         (-35, None, "signal", 35, "rank 3 was killed by signal 35"),
         (-200, None, "signal", 200, "rank 3 was killed by signal 200"),
-        (-9, _RAISED, "signal", 9, "rank 3 was killed by SIGKILL"),
+        (-9, _RAISED, "exception", 9, "rank 3 raised RuntimeError: shapes differ"),
+        (-6, _RAISED, "exception", 6, "rank 3 raised RuntimeError: shapes differ"),
         (1, _RAISED, "exception", None, "rank 3 raised RuntimeError: shapes differ"),
         (7, _RAISED, "exception", None, "rank 3 raised RuntimeError: shapes differ"),
         (1, RaisedException("KeyboardInterrupt", "", ""), "exception", None, "rank 3 raised KeyboardInterrupt"),
@@ -48,6 +49,35 @@ def test_what_it_says(
     assert (claim.detector, claim.rank, claim.returncode, claim.at_s) == ("exit", 3, returncode, 12.5)
     assert (claim.certainty, claim.fatal) == (1.0, True)
     assert claim.exception == (exception if kind == "exception" else None)
+
+
+@pytest.mark.parametrize(
+    ("end", "kind", "certainty", "summary"),
+    [
+        (RankExit(3, 7, -11, 1.0, core_dumped=True), "signal", 1.0, "rank 3 was killed by SIGSEGV, core dumped"),
+        (
+            RankExit(3, 7, -9, 1.0, oom=OomKill("Killed process 7 (python)", True, "/job", 64 * 2**20)),
+            "oom",
+            1.0,
+            "rank 3 was killed by the kernel: out of memory; its cgroup may use 64.0 MiB",
+        ),
+        (
+            RankExit(3, 7, -9, 1.0, _RAISED, oom=OomKill("counted", False, "/job", None)),
+            "oom",
+            0.9,
+            "rank 3 was killed by the kernel: out of memory",
+        ),
+    ],
+)
+def test_what_the_kernel_says_besides(end: RankExit, kind: str, certainty: float, summary: str) -> None:
+    """A core file and a lack of memory are in the summary, and a kill that was only counted is less than certain."""
+    claim = ExitDetector().on_exit(end)
+    assert claim is not None
+    assert (claim.kind, claim.certainty, claim.summary) == (kind, certainty, summary)
+    if end.oom is not None:
+        assert end.oom.said in claim.facts
+        assert any("/job" in fact for fact in claim.facts)
+    assert claim.facts[0].startswith("rank 3, process 7: ended by signal SIG")
 
 
 def test_a_clean_end_is_none() -> None:

@@ -21,6 +21,10 @@ _AGENT_WORDS = {
     Word.CAPTURE_STEP,
     Word.WHOLE,
     Word.AGENT_NS,
+    Word.HARM_ALLOWED,
+    Word.LAST_STEP,
+    Word.LEAVE,
+    *range(Word.HARM, Word.HARM_PAUSE_MS + 1),
     *range(Word.SLOT_RELEASED, Word.SLOT_RELEASED + MAX_SLOTS),
 }
 _RANK_WORDS = {
@@ -30,6 +34,9 @@ _RANK_WORDS = {
     Word.SECTION_UNTIL_NS,
     Word.WAITED_NS,
     Word.REPORTS,
+    Word.HARMED,
+    Word.HARMLESS,
+    *range(Word.SECTION, Word.SECTION + p.SECTION_WORDS),
     *range(Word.SLOT_SEALED, Word.SLOT_SEALED + MAX_SLOTS),
     *range(Word.RING, Word.RING + 2 * p.RING_ENTRIES),
 }
@@ -144,7 +151,7 @@ def test_held_slots_begin_sealed(sides: tuple[ControlPage, ControlPage]) -> None
     assert not rank.slot_free(0)
 
 
-@pytest.mark.parametrize("number", [5, 99, 2**64 - 1])
+@pytest.mark.parametrize("number", [6, 99, 2**64 - 1])
 def test_an_unknown_phase_reads_as_training(sides: tuple[ControlPage, ControlPage], number: int) -> None:
     """A newer client may know more phases; to an older agent it is simply at work."""
     agent, rank = sides

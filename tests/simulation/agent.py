@@ -9,21 +9,29 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from ckptd.core import events as e
+from ckptd.core.adopt_events import Recall
+from ckptd.core.gate_events import CheckNode
+from ckptd.core.halt_events import Leave
 from ckptd.core.job import JobMachine, JobSpec, Now
 from ckptd.core.job_spec import TierSpec
+from ckptd.core.number_events import Reported
+from ckptd.core.policy.numbers import NumbersPolicy
 from ckptd.core.policy.restart import RestartPolicy
 from ckptd.core.policy.retention import RetentionPolicy
 from ckptd.core.prune_events import Collect, MakeRoom, Prune
 from ckptd.core.scrub_events import Mend, Scrub
+from ckptd.core.watch_events import EndRanks, Gather, Watched
 from ckptd.errors import AgentError
 from ckptd.types import CheckpointId, Evidence
-from tests.simulation import copying, scrubbing, storage
+from tests.simulation import copying, gating, scrubbing, storage, takeover, watching
 from tests.simulation.disk import Manifest
 from tests.simulation.launchers import Launcher, evidence_of
-from tests.simulation.memory import NEVER, Arena, Page
+from tests.simulation.memory import Arena, Page
 from tests.simulation.offers import Offer
 from tests.simulation.options import Options
 from tests.simulation.ranks import RankProcess
+from tests.simulation.witness_leaving import LeavingWitness
+from tests.simulation.witness_numbers import HEALTHY_AFTER
 
 if TYPE_CHECKING:
     from tests.simulation.node import Node
@@ -45,7 +53,8 @@ def _tiers(options: Options) -> tuple[TierSpec, ...]:
 class ModelAgent:
     """One agent with one job. `alive` ends with kill -9, `end` is set when the job is over."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, journal: str | None = None) -> None:
+        """Begin, or take over what another agent has left in the `journal`."""
         options = node.options
         self.node = node
         self.alive = True
@@ -54,27 +63,46 @@ class ModelAgent:
         self.ranks: dict[int, RankProcess] = {}
         self.connections: set[RankProcess] = set()
         self.launcher: Launcher | None = None
+        self.family: Launcher | None = None
+        """The launcher whose ranks are this agent's, dead or alive."""
+        self.orphans: dict[int, int] = {}
+        """Ranks of another launcher that were taken over and are not back yet, by process."""
+        self._journal = journal
         self.exited: set[int] = set()
         self.known_digests: set[CheckpointId] = set()
         self.earlier: Manifest | None = None
         """The checkpoint to which the next flush may refer."""
         self.shelves = {storage.TIER: storage.Shelf(), storage.BUCKET: storage.Shelf()}
         self.offer: Offer | None = None
+        self.leaving = LeavingWitness(self)
+        self.began_s = node.clock.now_s
         self._wanted: int | None = None
         self._inputs: deque[e.Input] = deque()
         self._busy = False
         spec = JobSpec(
             "job", options.world_size, options.every_s, supervised=options.supervised, slots=options.slots,
-            tiers=_tiers(options), restart=PATIENT,
+            tiers=_tiers(options), restart=PATIENT, numbers=NumbersPolicy("step_back", healthy=HEALTHY_AFTER),
+            hang=watching.PATIENCE,
         )  # fmt: skip
         self.machine = JobMachine(spec, node.witness.incidents.next_number)
+        self.machine.keeper.health.recall(node.numbers.journal)
 
     def start(self) -> None:
         """Begin, as `Supervisor.__init__` does."""
-        if self.node.options.supervised:
-            self.launcher = Launcher(self.node, self)
-            self._carry_out(self.machine.begin())
+        if self._journal is not None:
+            self._carry_out(takeover.begin(self, self._journal))
+        elif self.node.options.supervised:
+            self.start_launcher()
+            effects = self.machine.begin()
+            takeover.remember(self)
+            self._carry_out(effects)
+        else:
+            takeover.remember(self)
         self.node.clock.after(0.0, self, "tick", self._tick)
+
+    def start_launcher(self) -> None:
+        """Start a launcher of our own."""
+        self.launcher = self.family = self.node.launcher = Launcher(self.node, self)
 
     # --- inputs -----------------------------------------------------------------------------------------------
 
@@ -89,10 +117,14 @@ class ModelAgent:
         while self._inputs and self.alive:
             event = self._inputs.popleft()
             self.node.witness.before(event, self)
+            self.leaving.before(event)
+            self.node.numbers.before(event)
             if isinstance(event, e.Committed) and event.tier == storage.TIER:
                 self.known_digests.add(event.id)
-            effects = self.machine.handle(event, self._now())
-            if not isinstance(event, (e.Tick, e.Progress)) or effects:
+            effects = self.machine.handle(event, self.now())
+            if isinstance(event, (e.Claimed, e.RestoreFailed)):
+                takeover.remember(self)
+            if not isinstance(event, (e.Tick, e.Progress, Watched)) or effects:
                 self.node.note("in", event)
             self._carry_out(effects)
             if self.alive:
@@ -100,7 +132,8 @@ class ModelAgent:
                 self.node.witness.after(event, self)
         self._busy = False
 
-    def _now(self) -> Now:
+    def now(self) -> Now:
+        """Return what time it is."""
         return Now(self.node.clock.now_s, 1e9 + self.node.clock.now_s)
 
     def _tick(self) -> None:
@@ -111,10 +144,22 @@ class ModelAgent:
         stall_s = self.node.rng.uniform(0, 0.3) if self.node.rng.random() < self.node.options.stall_chance else 0.0
         self.node.clock.after(stall_s, self, "tick", self._look, steps)
 
+    def _read_reports(self, *, leaving: bool = False) -> None:
+        """Feed what ranks have reported since the last time."""
+        pages = {rank.rank: rank.page for rank in self.ranks.values() if rank.page is not None}
+        reports = {number: page.reports[:] for number, page in pages.items() if page.reports}
+        for page in pages.values():
+            page.reports.clear()
+        if reports or leaving:
+            self.feed(Reported(reports, leaving=leaving))
+
     def _look(self, steps: dict[int, int]) -> None:
         if steps:
             self.feed(e.Progress(steps))
+        self._read_reports()
+        watching.look(self)
         self.feed(e.Tick())
+        takeover.remember(self)
         self.node.clock.after(self.node.options.tick_s, self, "tick", self._tick)
 
     def received(self, process: RankProcess, message: Any) -> None:
@@ -133,16 +178,21 @@ class ModelAgent:
         elif isinstance(message, tuple):
             process.left = True
             process.leaving = process._call
+            self._read_reports(leaving=True)
             self.feed(e.RankLeft(process.rank, message[1]))
         else:
             if isinstance(message, e.RankSealed):
                 self.node.witness.require(message.slot in process.lent, f"{process} sealed a slot that it was not lent")
+                self._read_reports()
             self.feed(message)
 
     def _join(self, process: RankProcess, generation: int) -> None:
         current = self.machine.generation
         if generation and (current is None or current.number != generation):
             process.answer(AgentError(f"generation {generation} is over"))
+            return
+        if self.machine.offers_lost and current is not None and process.rank not in current.joined:
+            process.answer(AgentError(f"what generation {generation} began with is gone"))
             return
         self.ranks[process.rank] = process
         self.connections.add(process)
@@ -155,6 +205,7 @@ class ModelAgent:
         if process.pid in self.exited:
             return
         self.exited.add(process.pid)
+        self._read_reports()
         evidence = evidence_of(process, at_s)
         if not self.node.options.supervised:
             if self.ranks.get(process.rank) is process:
@@ -172,7 +223,7 @@ class ModelAgent:
 
     def launcher_died(self, launcher: Launcher) -> None:
         """Learn of the launcher's end."""
-        if self.launcher is launcher:
+        if launcher in (self.launcher, self.family):
             self.launcher = None
             evidence = Evidence("exit", "launcher", None, 1.0, "the launcher ended", self.node.clock.now_s)
             self.feed(e.LauncherExited(evidence))
@@ -183,11 +234,16 @@ class ModelAgent:
         for effect in effects:
             if not self.alive:
                 return
+            self.node.numbers.carried_out(effect, self)
+            self.node.hangs.carried_out(effect, self)
             if isinstance(effect, e.Log):
                 self.node.witness.seen[effect.event] += 1
+                self.leaving.said(effect)
                 continue
             self.node.note("out", effect)
             self.node.witness.ordered(effect, self)
+            if isinstance(effect, e.Record):
+                takeover.remember(self)
             self._do(effect)
             bucket = isinstance(effect, (e.Upload, Prune, Collect)) and effect.tier == storage.BUCKET
             self.node.fault_point("bucket" if bucket else "effect")
@@ -197,7 +253,11 @@ class ModelAgent:
             case e.Announce():
                 for process in self.ranks.values():
                     if process.page is not None:
-                        process.page.capture_step = NEVER if effect.step is None else effect.step
+                        process.page.announce(effect.step, last=effect.last)
+            case Leave():
+                for process in self.ranks.values():
+                    if process.page is not None:
+                        process.page.let_leave()
             case e.Release():
                 process = self.ranks.get(effect.rank)
                 if process is not None and process.page is not None:
@@ -214,8 +274,12 @@ class ModelAgent:
             case e.Kill():
                 if self.launcher is not None:
                     self.launcher.kill_ranks(effect.signal)
+                else:
+                    takeover.kill_orphans(self, effect.signal)
             case e.Spawn():
                 self._spawn(effect.generation)
+            case Recall():
+                self._start(storage.read_store(self), "store")
             case e.End():
                 self._end(effect)
             case e.ReadStore():
@@ -233,6 +297,14 @@ class ModelAgent:
                 self._start(storage.prune(self, effect), "bucket" if effect.tier == storage.BUCKET else "prune")
             case Collect():
                 self._start(storage.collect(self, effect), "bucket" if effect.tier == storage.BUCKET else "prune")
+            case EndRanks():
+                for number in effect.ranks:
+                    if number in self.ranks:
+                        self.ranks[number].kill(9)
+            case Gather():
+                watching.gather(self, effect)
+            case CheckNode():
+                self._start(gating.look(self), "gate")
             case Scrub():
                 self._start(scrubbing.scrub(self, effect.source), "scrub")
             case Mend():
@@ -251,7 +323,7 @@ class ModelAgent:
         self.ranks = {}
         self._wanted = generation
         if self.launcher is None:
-            self.launcher = Launcher(self.node, self)
+            self.start_launcher()
         elif self.launcher.reported:
             self.launcher_ready(self.launcher)
 
@@ -261,6 +333,7 @@ class ModelAgent:
         assert process is not None
         process.page = Page(set(self.machine.keeper.book.held(order.rank)))
         process.page.whole = order.whole
+        process.skips = self.machine.numbers_to_tell()["skipped"]
         if order.offer is None:
             process.admit(order.generation, None)
             return
@@ -294,8 +367,9 @@ class ModelAgent:
         self.feed(e.SlotsLent(process.rank, tuple(numbers)))
 
     def _end(self, end: e.End) -> None:
-        if self.launcher is not None:
-            self.launcher.die()
+        self.leaving.ended(end)
+        if self.family is not None:
+            self.family.dissolve()
         for process in self.ranks.values():
             self._dismiss(process)
             process.close()
@@ -305,5 +379,5 @@ class ModelAgent:
     def die(self) -> None:
         """End by kill -9: memory, connections and storage threads are gone at once."""
         self.alive = False
-        if self.launcher is not None:
-            self.launcher.die()
+        if self.family is not None:
+            self.family.dissolve()

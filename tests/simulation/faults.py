@@ -2,6 +2,8 @@
 
 The list, and what each leaves intact:
 - any rank, several ranks, the launcher, or the agent is killed, at any event and between any two effects;
+- a rank stands still, for a while or for ever, at any moment until it has left its training;
+- the agent of a service is killed, and its ranks and launcher train on until another agent takes them over;
 - a write to the disk fails, or is torn because the agent dies;
 - a stored file is damaged or cut short while another intact checkpoint of the lineage stays behind: a rank finds it,
   or a scrub, and it is mended where there is a bucket that has it; on a disk that is full at times, no newest one;
@@ -72,8 +74,13 @@ class Faults:
                 return self._kill_ranks(1)
             case "ranks":
                 return self._kill_ranks(2)
+            case "hang":
+                return self._hang_rank()
             case "launcher":
                 return self._kill_launcher()
+            case "takeover":
+                self._node.lose_agent()
+                return True
             case "agent":
                 self._node.kill_agent()
                 return True
@@ -103,6 +110,17 @@ class Faults:
             node.note("fault", f"{process} is killed")
             process.kill(9)
         return bool(living)
+
+    def _hang_rank(self) -> bool:
+        node = self._node
+        there = [rank for rank in node.agent.ranks.values() if rank.alive and not rank.stuck]
+        there = [rank for rank in there if rank.page is not None and rank.page.phase != "left"]
+        if not there:
+            return False
+        process, seconds = node.rng.choice(there), node.rng.choice((1.0, 8.0, 1e9)) * node.rng.random()
+        node.note("fault", f"{process} hangs for {seconds:.1f} s")
+        process.hang(seconds)
+        return True
 
     def _kill_launcher(self) -> bool:
         launcher = self._node.agent.launcher
@@ -169,11 +187,11 @@ class Faults:
         if node.agent.machine.state is JobState.PENDING:
             return False
         node.stop_ordered = True
-        wish = e.StopWanted(node.rng.choice((0.5, 20.0)), checkpoint=node.rng.random() < 0.8)
+        wish = e.StopWanted(node.rng.choice((0.5, 5.0, 20.0)), checkpoint=node.rng.random() < 0.8)
         node.note("fault", wish)
         node.agent.feed(wish)
         return True
 
 
 _WITH_BUCKET = frozenset({"bucket down", "bucket slow", "disk lost"})
-_ATTACHED = frozenset({"rank", "ranks", "agent", "damage", "memory", "checkpoint", *_WITH_BUCKET})
+_ATTACHED = frozenset({"rank", "ranks", "hang", "agent", "takeover", "damage", "memory", "checkpoint", *_WITH_BUCKET})

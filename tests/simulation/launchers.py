@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ckptd.core import events as e
 from ckptd.types import Evidence
+from tests.simulation import takeover
 from tests.simulation.clock import Channel, Steps
 from tests.simulation.ranks import Collective, RankProcess
 
@@ -36,6 +37,7 @@ class Launcher:
         self.alive = True
         self.ready = False
         self.reported = False
+        self.generation = 0
         self.ranks: dict[int, RankProcess] = {}
         self._orders = Channel(node.clock, self, "order", node.latency_s)
         self._reports = Channel(node.clock, agent, "report", node.latency_s)
@@ -47,9 +49,14 @@ class Launcher:
 
     def spawn(self, generation: int) -> None:
         """Order: fork all ranks."""
+        self._orders.send(self._begin, generation)
         collective = Collective(self.node)
         for rank in range(self.node.options.world_size):
             self._orders.send(self._fork, rank, generation, collective)
+
+    def _begin(self, generation: int) -> None:
+        self.generation = generation
+        self.ranks = {}
 
     def _fork(self, rank: int, generation: int, collective: Collective) -> None:
         process = RankProcess(self.node, rank, self.node.next_pid(), generation, collective)
@@ -69,13 +76,33 @@ class Launcher:
         if self.alive and self.ranks.get(process.rank) is process:
             self._reports.send(self._agent.rank_exited, process, self.node.clock.now_s)
 
+    def return_to(self, agent: ModelAgent) -> None:
+        """Come back to another agent, once all that the one before has said is done."""
+        self._orders.send(self._return_to, agent)
+
+    def _return_to(self, agent: ModelAgent) -> None:
+        """Tell an agent which ranks there are, and how those ended that have."""
+        if not agent.alive:
+            return
+        self._agent, self.reported = agent, True
+        self._reports = Channel(self.node.clock, agent, "report", self.node.latency_s)
+        ended = [process for process in self.ranks.values() if not process.alive]
+        self._reports.send(takeover.launcher_returned, agent, self, ended, self.node.clock.now_s)
+
     def die(self) -> None:
-        """End, and every rank with it, without a word: PR_SET_PDEATHSIG sees to that."""
+        """End without a word: ranks that train go on, the kernel ends the others."""
         if self.alive:
             self.alive = False
             for process in self.ranks.values():
-                process.kill(9)
+                if not process.own_steps:
+                    process.kill(9)
             self._reports.send(self._agent.launcher_died, self)
+
+    def dissolve(self) -> None:
+        """End, and every rank before."""
+        self.alive = False
+        for process in self.ranks.values():
+            process.kill(9)
 
 
 class ForeignLauncher:
@@ -122,6 +149,11 @@ class ForeignLauncher:
         """Whether every rank ended well."""
         complete = len(self._ranks) == self.node.options.world_size
         return complete and all(process.returncode == 0 for process in self._ranks)
+
+    @property
+    def processes(self) -> list[RankProcess]:
+        """All processes that may be alive."""
+        return self._ranks
 
     @property
     def ranks(self) -> dict[int, RankProcess]:

@@ -6,8 +6,11 @@ it is the right one.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
 from typing import NamedTuple
+
+from ckptd.core.number_events import Report
 
 PARTS = 4
 """How many cells make up a shard: it is written and read part by part, so a torn one is possible."""
@@ -76,10 +79,26 @@ class Page:
 
     def __init__(self, held: set[int]) -> None:
         self.capture_step = NEVER
+        self.last_step = 0
+        self.leave = False
         self.whole = False
         self.step = 0
+        self.beat_s = 0.0
+        self.phase = "joining"
+        self.reports: list[Report] = []
+        """What the rank has reported and nobody has read."""
         self._sealed = dict.fromkeys(held, 1)
         self._released: dict[int, int] = {}
+
+    def announce(self, step: int | None, *, last: bool) -> None:
+        """Write the step to capture next (agent)."""
+        if step is not None:
+            self.last_step = step if last else 0
+        self.capture_step = NEVER if step is None else step
+
+    def let_leave(self) -> None:
+        """Have the rank leave (agent)."""
+        self.leave, self.capture_step = True, 0
 
     def seal(self, slot: int) -> None:
         """Take a slot out of use (rank)."""
@@ -88,6 +107,11 @@ class Page:
     def release(self, slot: int) -> None:
         """Let the rank write a slot again (agent)."""
         self._released[slot] = self._sealed.get(slot, 0)
+
+    def release_lost(self, there: Collection[int]) -> None:
+        """Let go of slots that are not there any more (agent)."""
+        for slot in self._sealed.keys() - set(there):
+            self.release(slot)
 
     def free(self, slot: int) -> bool:
         """Whether the rank may write it."""

@@ -12,16 +12,19 @@ from typing import Any
 
 from ckptd.core import events as e
 from ckptd.core.job_states import JobState
+from tests.simulation import takeover
 from tests.simulation.agent import ModelAgent
 from tests.simulation.bucket import Bucket
 from tests.simulation.clock import Clock, Signal
 from tests.simulation.disk import Disk, File
 from tests.simulation.faults import Faults
-from tests.simulation.launchers import ForeignLauncher
+from tests.simulation.launchers import ForeignLauncher, Launcher
 from tests.simulation.options import Options
 from tests.simulation.ranks import RankProcess
 from tests.simulation.storage import BUCKET
 from tests.simulation.witness import Witness
+from tests.simulation.witness_hangs import HangWitness
+from tests.simulation.witness_numbers import NumbersWitness
 
 TRACE_LINES = 60
 LIVENESS_S = 600.0
@@ -51,6 +54,8 @@ class Node:
         self.disk = Disk()
         self.bucket = Bucket(self.clock, seed)
         self.witness = Witness(self)
+        self.numbers = NumbersWitness(self)
+        self.hangs = HangWitness(self)
         self.faults = Faults(self)
         self.trace: deque[tuple[float, str, Any]] = deque(maxlen=TRACE_LINES)
         self.agent_deaths = 0
@@ -59,6 +64,10 @@ class Node:
         self.agent_back = Signal(self.clock)
         self._pids = count(100)
         self.foreign: ForeignLauncher | None = None
+        self.launcher: Launcher | None = None
+        """The last one that an agent has started."""
+        self.journal = ""
+        """What the present agent would leave to the next one."""
         self.agent = ModelAgent(self)
         self.agent.start()
         if not options.supervised:
@@ -106,8 +115,14 @@ class Node:
             if process in self.agent.connections:
                 at_s = self.clock.now_s
                 self.clock.after(self.rng.uniform(0, 0.05), self.agent, "report", self.agent.rank_exited, process, at_s)
-        elif self.agent.launcher is not None:
-            self.agent.launcher.rank_ended(process)
+            elif process.pid in self.agent.orphans:
+                self.clock.after(0.0, self.agent, "report", takeover.orphan_ended, self.agent, process.pid)
+        elif self.launcher is not None and self.launcher.alive:
+            self.launcher.rank_ended(process)
+        elif self.launcher is not None and self.launcher.ranks.get(process.rank) is process:
+            at_s = self.clock.now_s
+            self.clock.after(self.rng.uniform(0, 0.05), self.agent, "report", self.agent.rank_exited, process, at_s)
+        self.witness.takeovers.forget_lost()
 
     def kill_agent(self) -> None:
         """Kill -9 the agent; an embedded one takes its ranks along. Somebody runs the same command again."""
@@ -116,6 +131,35 @@ class Node:
         self.witness.agent_killed()
         self.agent.die()
         self._replace_agent()
+
+    def lose_agent(self) -> None:
+        """Kill -9 the agent of a service: launcher and ranks go on, and after a while another one takes over."""
+        self.note("fault", "the agent is killed, and its ranks go on")
+        self.agent_deaths += 1
+        self.witness.agent_killed()
+        self.agent.alive = False
+        self.agent_back = Signal(self.clock)
+        self.clock.after(self.rng.uniform(0.1, 2.0), self, "agent", self._take_over)
+
+    def _take_over(self) -> None:
+        if self.foreign is not None and not any(process.alive for process in self.foreign.processes):
+            self.foreign.begin_again()  # there is nothing to take over: somebody runs the same command again
+            self._start_agent()
+            return
+        self.note("agent", "takes over")
+        self.agent = ModelAgent(self, self.journal)
+        self.witness.agent_takes_over()
+        self.agent.start()
+        self.agent_back.fire()
+        for process in self.processes():
+            if process.alive:
+                self.clock.after(self.rng.uniform(0, 0.1), process, "rank", process.agent_is_back)
+
+    def processes(self) -> list[RankProcess]:
+        """Return the processes that may be alive."""
+        if self.foreign is not None:
+            return self.foreign.processes
+        return [] if self.launcher is None else list(self.launcher.ranks.values())
 
     def lose_disk(self) -> None:
         """Lose the machine with its disk: the job goes on upon another one."""
@@ -136,6 +180,7 @@ class Node:
         self.note("agent", "started")
         self.stop_ordered = False
         self.witness.agent_begins()
+        self.numbers.agent_begins()
         self.agent = ModelAgent(self)
         self.agent.start()
         self.agent_back.fire()
@@ -152,6 +197,7 @@ class Node:
                 self._start_agent()  # its launcher has restarted a rank after the last commit: they come back
                 return
             witness.job_finished()
+            self.numbers.job_finished()
             self.finished = True
             return
         else:
@@ -168,6 +214,7 @@ class Node:
         while not self.finished:
             kind = self.clock.step(self.fault_point)
             self.witness.after_event()
+            self.hangs.after_event()
             if deadline_s is None and not self.faults.active:
                 deadline_s = self.clock.now_s + LIVENESS_S
             hangs = kind is None or self.clock.events > EVENTS_MAX

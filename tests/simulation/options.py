@@ -55,8 +55,13 @@ class Options:
     bucket_keep_last: int = 3
     backlog: int = 2
     upload_every_s: float = 0.0
+    unfit_chance: float = 0.0
+    """The chance that a look at the node finds it unfit, while faults last."""
+    nan_at: int = 0
+    """The step whose batch makes the loss of one rank a NaN, and then the weights of all; 0: none does."""
     fault_kinds: tuple[str, ...] = (
         "rank", "rank", "rank", "rank", "rank", "ranks", "ranks", "launcher", "agent", "agent", "agent", "stop",
+        "hang", "hang",
         "damage", "damage", "damage", "memory", "memory", "memory", "checkpoint", "restart", "step back", "step back",
         "bucket down", "bucket slow", "disk lost", "disk lost",
     )  # fmt: skip
@@ -97,4 +102,5 @@ class Options:
             grace_s=every_s * rng.choice((0, 0, 3, 30)),
             disk_files=rng.choice((0, 0, 0, rng.randint(2, 15))),
             scrub_s=every_s * rng.choice((0, 1, 1, 5)),
+            unfit_chance=rng.choice((0.0, 0.0, 0.0, 0.5)),
         )

@@ -204,7 +204,9 @@ def _remove(agent: ModelAgent, order: Prune | MakeRoom, undoable_s: float) -> St
         if order.tier == BUCKET and node.bucket.down and checkpoint in place.manifests:
             shelf.known_files[checkpoint] = place.manifests[checkpoint].files  # it stays, whole
             continue
-        node.witness.checkpoint_leaves(checkpoint, order.tier)
+        if not node.numbers.steps_back_beyond(checkpoint):
+            node.witness.checkpoint_leaves(checkpoint, order.tier)
+        node.numbers.checkpoint_leaves(checkpoint, order.tier)
         place.delete_manifest(checkpoint, node.clock.now_s if undoable_s else None)
         shelf.left_over.add(checkpoint)
         shelf.known_files.pop(checkpoint, None)

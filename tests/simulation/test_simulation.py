@@ -28,7 +28,7 @@ REACHED = (
     "snapshot abandoned", "restart delayed", "damage found in memory", "damage found on the disk", "referred to",
     "replicas differ", "given up", "from bucket", "UploadFailed", "upload skipped", "agent killed during an upload",
     "bucket down", "bucket slow", "disk lost", "tier unreadable", "fetch failed",
-    "room made", "record removed", "damage found by a scrub", "mended by a scrub", "offered again",
+    "hang found", "room made", "record removed", "damage found by a scrub", "mended by a scrub", "offered again",
 )  # fmt: skip
 """What a campaign must have met, or its faults don't reach what they are meant to test."""
 
@@ -118,6 +118,42 @@ def test_a_lost_disk_costs_what_was_not_uploaded():
     for seed in range(10):
         seen += run(seed, options).witness.seen
     assert seen["from bucket"] >= 10
+
+
+def test_who_hangs_is_found_and_nobody_else():
+    """Proves that ranks which stand still at any moment are ended, soon in training, and no other is called hung."""
+    seen: Counter[str] = Counter()
+    for seed in range(100):
+        kinds = ("hang", "hang", "hang", "rank", "agent", "stop", "checkpoint")
+        seen += run(seed, dataclasses.replace(Options.draw(seed), faults=6, fault_kinds=kinds)).witness.seen
+    for what in ("hang found", "hang found soon", "hang over"):
+        assert seen[what], (what, seen)
+
+
+def test_who_leaves_on_purpose_has_everything_safe_or_says_what_is_not():
+    """Proves that a stop with any grace at any moment keeps it, and leaves the newest everywhere or says so."""
+    seen: Counter[str] = Counter()
+    for seed in range(80):
+        drawn = Options.draw(seed)
+        kinds = ("stop", "stop", "bucket slow", "bucket down", "rank")
+        options = dataclasses.replace(drawn, bucket=True, faults=8, fault_chance=0.01, fault_kinds=kinds)
+        seen += run(seed, options).witness.seen
+    for what in ("left after a last capture", "left with everything in the bucket", "left behind, and said so"):
+        assert seen[what] > 5, (what, seen)
+
+
+@pytest.mark.timeout(120)
+def test_agents_come_and_go_under_ranks_that_train():
+    """Proves that agents which die one after the other, launchers and ranks too, cost nothing that is still held."""
+    seen: Counter[str] = Counter()
+    kinds = ("takeover", "takeover", "takeover", "rank", "launcher")
+    for seed in range(80):
+        drawn = Options.draw(seed)
+        options = dataclasses.replace(drawn, faults=5, fault_chance=0.01, nan_at=0, fault_kinds=kinds)
+        seen += run(seed, options).witness.seen
+    for what in ("takeover", "takeover between two effects", "rank returned", "job adopted", "memory lost with a rank"):
+        assert seen[what] > 5, (what, seen)
+    assert seen["launcher lost"] > 10
 
 
 def test_a_seed_is_a_run():

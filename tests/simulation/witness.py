@@ -7,34 +7,30 @@ checkpoint must stay are computed here anew, in another way than `ckptd.core` do
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from ckptd.core import events as e
+from ckptd.core.adopt_events import RankReturned
 from ckptd.core.job_states import TERMINAL, JobState
 from ckptd.core.keeper import FINAL_FLUSH_TRIES
-from ckptd.core.policy.interval import REACTION_S
 from ckptd.core.prune_events import MakeRoom, Prune
 from ckptd.core.restore import MEMORY, Source
 from ckptd.types import CheckpointId
-from tests.simulation.memory import Cell, Content, Slot, shard_of, state_after
+from tests.simulation.memory import Content, Slot, shard_of, state_after
 from tests.simulation.storage import BUCKET, TIER
 from tests.simulation.witness_bucket import BucketWitness
 from tests.simulation.witness_incidents import IncidentWitness
+from tests.simulation.witness_ranks import RankWitness
 from tests.simulation.witness_scrubs import ScrubWitness
+from tests.simulation.witness_takeovers import TakeoverWitness
 
 if TYPE_CHECKING:
     from tests.simulation.agent import ModelAgent
     from tests.simulation.node import Node
-    from tests.simulation.offers import Offer
-    from tests.simulation.ranks import RankProcess
 
 
-class ViolationError(Exception):
-    """Something happened that the design excludes."""
-
-
-class Witness:
+class Witness(RankWitness):
     """What has been sealed, committed, claimed and ordered in one run.
 
     `chain` is the lineage, oldest first: the snapshots that the present generation descends from, and its own.
@@ -51,6 +47,7 @@ class Witness:
         self.at_most: int | None = None
         self.leaving: set[CheckpointId] = set()
         self.incidents = IncidentWitness(self)
+        self.takeovers = TakeoverWitness(self, node)
         self.flush_failures: dict[CheckpointId, int] = {}
         self.newest: CheckpointId | None = None
         self.started = 0
@@ -73,11 +70,6 @@ class Witness:
         """Whether a manifest stands on the disk of which the machine has not heard, so it has not pruned for it."""
         self._finished: dict[int, tuple[int, int]] = {}
         self._disk_changes = -1
-
-    def require(self, holds: bool, message: str) -> None:
-        """Fail the run unless something holds."""
-        if not holds:
-            raise ViolationError(message)
 
     # --- what a restart may use -------------------------------------------------------------------------------
 
@@ -116,7 +108,9 @@ class Witness:
         self.scrubs.before(event)
         match event:
             case e.RankSealed():
-                self._sealed(event, agent)
+                self._sealed(event)
+            case RankReturned():
+                self.takeovers.returned(event, agent)
             case e.CaptureMissed():
                 missed = CheckpointId(self.started, event.step)
                 if missed not in self.memory:
@@ -134,29 +128,37 @@ class Witness:
             case _:
                 return
 
-    def _sealed(self, event: e.RankSealed, agent: ModelAgent) -> None:
+    def _sealed(self, event: e.RankSealed) -> None:
         sealed = CheckpointId(self.started, event.step)
         if self._over:
+            return
+        if self.takeovers.is_void(event):
             return
         if event.final and sealed in self._void:
             self._void.discard(sealed)  # training ended at the very step that was missed: a new attempt
         if sealed in self._void:
             return
+        self.sealed_by(event.rank, sealed, event.slot, event.witness)
+
+    def sealed_by(self, rank: int, sealed: CheckpointId, slot: int, witness: Mapping[str, str]) -> None:
+        """Note a seal that counts; the last rank's makes the snapshot complete."""
         seals = self._seals.setdefault(sealed, {})
-        seals[event.rank] = event.slot
-        self._witnesses.setdefault(sealed, {})[event.rank] = dict(event.witness)
-        if len(seals) < self._node.options.world_size:
+        seals[rank] = slot
+        self._witnesses.setdefault(sealed, {})[rank] = dict(witness)
+        if len(seals) < self._node.options.world_size or sealed in self.memory:
             return
         if self._replicas_differ(sealed):
             self._void.add(sealed)
         elif all(sealed > item for item in self.usable(self.memory, MEMORY)):
-            slots = [agent.arena.slots[rank][slot] for rank, slot in seals.items()]
-            for slot in slots:
-                self._check_content(tuple(slot.cells), slot.rank, sealed, "sealed")
+            arena = self._node.agent.arena
+            slots = [arena.slots[rank][slot] for rank, slot in seals.items()]
+            for each in slots:
+                self.check_content(tuple(each.cells), each.rank, sealed, "sealed")
             # What is older may go now, but for the one that a flush reads.
             self.memory = {item: held for item, held in self.memory.items() if item == self._flushed}
             self.memory[sealed] = slots
-            self.chain.append(sealed)
+            if sealed not in self.chain:
+                self.chain.append(sealed)
             self.newest = sealed
 
     def _replicas_differ(self, sealed: CheckpointId) -> bool:
@@ -197,7 +199,7 @@ class Witness:
             self._give_up(self._given_up)
         self._given_up = None
         for process in agent.ranks.values():
-            knows = process.page is None or process.page.whole == self.whole
+            knows = process.page is None or process.page.whole == self.whole or agent.machine.adopting
             self.require(knows, f"{process} does not know whether replicas differ: {self.whole}")
         state = agent.machine.state
         if isinstance(event, e.RestartWanted) and state is JobState.FENCED and not self._over:
@@ -206,7 +208,7 @@ class Witness:
             self._over = True
         self.incidents.after_input(ended=agent.end is not None)
 
-    def _check_content(self, content: Content, rank: int, checkpoint: CheckpointId, how: str) -> None:
+    def check_content(self, content: Content, rank: int, checkpoint: CheckpointId, how: str) -> None:
         wanted = shard_of(rank, checkpoint.step)
         self.require(content == wanted, f"rank {rank}'s shard of {checkpoint} was {how} wrong: {content}")
 
@@ -225,12 +227,15 @@ class Witness:
                 self.require(effect.generation == self.started, f"admits to generation {effect.generation}")
                 offered = None if effect.offer is None else effect.offer.id
                 self.require(offered == self._claims[self.started], f"{offered} is offered and was not claimed")
+                self.whole = self.whole and (effect.whole or not self.takeovers.count)  # it may have been lost
                 self.require(effect.whole == self.whole, f"{effect} says whole, and replicas differ: {self.whole}")
                 if effect.offer is not None:
                     self.require(effect.offer.tier == self._tier, f"{effect.offer} is offered, not from {self._tier}")
                 self._offered = effect.offer
             case e.Whole():
                 self.require(self.whole, "replicas are called different, which they are not")
+            case e.Announce():
+                self.takeovers.announced(effect)
             case e.Release():
                 best = self.usable(self.memory, MEMORY)[-1:]
                 if best and agent.arena.slots[effect.rank].get(effect.slot) in self.memory[best[0]]:
@@ -238,7 +243,8 @@ class Witness:
             case e.Spawn():
                 restarts = self._starts_in_life - 1
                 self.require(effect.generation == self.started, f"spawns generation {effect.generation}")
-                self.require(effect.restarts == restarts, f"says {effect.restarts} restarts, there were {restarts}")
+                known = effect.restarts == restarts or self.takeovers.count
+                self.require(known, f"says {effect.restarts} restarts, there were {restarts}")
             case MakeRoom() | Prune() if effect.tier == TIER:
                 self.leaving.update(effect.ids)
             case Prune():
@@ -253,8 +259,11 @@ class Witness:
 
     def _give_up(self, checkpoint: CheckpointId) -> None:
         """Check that the newest snapshot goes for the next one only where it has to, and is on the disk."""
-        self.require(self._node.options.slots == 1, f"{checkpoint} is given up though there are more slots")
-        self.require(checkpoint in self._node.disk.manifests, f"{checkpoint} is given up, which is on no tier")
+        distrusted = self.whole and self.takeovers.count > 0  # the journal may be too old to know it
+        may = distrusted or self._node.options.slots == 1
+        self.require(may, f"{checkpoint} is given up though there are more slots")
+        stored = distrusted or checkpoint in self._node.disk.manifests
+        self.require(stored, f"{checkpoint} is given up, which is on no tier")
         self.seen["given up"] += 1
         del self.memory[checkpoint]
 
@@ -269,31 +278,12 @@ class Witness:
 
     # --- ranks and storage ------------------------------------------------------------------------------------
 
-    def offer_opened(self, process: RankProcess, source: Source, offer: Offer | None) -> None:
-        """Check that a rank which was told of an offer finds it."""
-        right = offer is not None and offer.generation == process.generation and offer.source == source
-        self.require(right, f"{process} was told of {source} and finds {offer}")
-
-    def rank_reads(
-        self, process: RankProcess, checkpoint: CheckpointId, owner: int, part: int, cell: Cell | None
-    ) -> None:
-        """Check what a rank puts into its objects, from its own shard or that of another rank."""
-        self.require(checkpoint == self._claims[process.generation], f"{process} restores {checkpoint}")
-        wanted = shard_of(owner, checkpoint.step)[part]
-        self.require(cell == wanted, f"part {part} of rank {owner} in {checkpoint} was restored wrong: {cell}")
-
     def slot_written(self, slot: Slot, why: str) -> None:
         """Check that nobody needs what a slot holds."""
         self.require(slot not in self._flushing, f"{why} writes {slot} while a flush reads it")
         best = self.usable(self.memory, MEMORY)
         if best:
             self.require(slot not in self.memory[best[-1]], f"{why} writes {slot}, which holds {best[-1]}, the newest")
-
-    def no_slot(self, process: RankProcess, *, final: bool) -> None:
-        """Note a capture that found no free slot: no surprise when messages take longer than a few steps."""
-        slow = self._node.options.latency_s > REACTION_S / 2
-        self.require(slow and not final, f"{process} finds no free slot at step {process.step}")
-        self.seen["no free slot"] += 1
 
     def flush_begins(self, order: e.Flush, slots: list[Slot]) -> None:
         """Check that no other flush is under way."""
@@ -325,20 +315,13 @@ class Witness:
         self.chain = [] if parent is None else self.chain[: self.chain.index(parent) + 1]
         self.bucket.lines[number] = list(self.chain)
 
-    def rank_killed(self, process: RankProcess) -> None:
-        """Note in the middle of what a rank dies."""
-        self.seen["killed in a capture"] += process.capturing
-        self.seen["killed during a flush"] += self._flush_open
-        self.seen["killed before the first step"] += process.step == 0
-
     def agent_killed(self) -> None:
         """Note in the middle of what the agent dies."""
         self.seen["agent killed during a flush"] += self._flush_open
+        if self._given_up in self.memory:
+            self._give_up(self._given_up)
+        self._given_up = None
         self.bucket.agent_killed()
-
-    def rank_finished(self, process: RankProcess) -> None:
-        """Note the state in which a rank leaves training."""
-        self._finished[process.rank] = (process.step, process.state)
 
     def after_event(self) -> None:
         """Check the tiers, if they have changed."""
@@ -353,9 +336,9 @@ class Witness:
                 self.require(not lacks, f"{manifest.id} lacks files: {lacks}")
             for rank in range(options.world_size):
                 self.require(rank in manifest.digests, f"{manifest.id} lacks shard {rank}")
-                self._check_content(manifest.digests[rank], rank, manifest.id, "digested")
+                self.check_content(manifest.digests[rank], rank, manifest.id, "digested")
                 if manifest.id in self.chain and manifest.id not in disk.damaged:
-                    self._check_content(disk.content(manifest, rank), rank, manifest.id, "committed")
+                    self.check_content(disk.content(manifest, rank), rank, manifest.id, "committed")
 
     # --- lives and ends ---------------------------------------------------------------------------------------
 
@@ -365,8 +348,19 @@ class Witness:
         self.chain = self.bucket.lineage
         self.started = max(self._node.bucket.parents, default=0)
 
+    def agent_takes_over(self) -> None:
+        """Forget what only the agent before knew: seals that it heard of, prunes and flushes that ended with it."""
+        for known in (self.flush_failures, self.leaving, self._seals, self._void, self._witnesses):
+            known.clear()
+        for part in (self.bucket, self.scrubs, self.incidents):
+            part.agent_begins()
+        self._flush_open = self.commit_unknown = False
+        self._flushed, self._flushing = None, []
+        self.takeovers.begins()
+
     def agent_begins(self) -> None:
         """Forget what was in the memory of the agent before."""
+        self.takeovers.agent_begins()
         lists = (self.memory, self.refused, self.flush_failures, self.leaving, self._seals, self._void, self._witnesses)
         for known in lists:
             known.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptd.types import CheckpointId, Incident
@@ -22,14 +23,16 @@ class IncidentWitness:
     def recorded(self, incident: Incident, parent: CheckpointId | None) -> None:
         """Check a new form of an incident; `parent` is what the present generation was claimed to begin with."""
         known = self._known.get(incident.number)
-        self._require(known is None or not known.closed, f"incident {incident.number} changed after it was closed")
+        closed = known is not None and known.closed
+        changed = closed and replace(known, evidence_path=incident.evidence_path) != incident
+        self._require(not changed, f"incident {incident.number} changed after it was closed")
         self._require(known is not None or incident.number == self.next_number, f"incident number {incident.number}")
         if incident.lost_steps is not None and (known is None or known.lost_steps is None):
             began = None if incident.restored is None else (incident.restored["generation"], incident.restored["step"])
             self._require(began == parent, f"incident {incident.number} says restored {began}, it was {parent}")
         self.next_number = max(self.next_number, incident.number + 1)
         self._known[incident.number] = incident
-        if incident.closed:
+        if incident.closed and not closed:
             self._just_closed.append(incident)
 
     def after_input(self, *, ended: bool) -> None:

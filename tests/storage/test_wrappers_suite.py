@@ -10,7 +10,7 @@ import pytest
 from ckptd.storage.local import LocalTier
 from ckptd.storage.memory import MemoryTier
 from ckptd.storage.tier import Tier
-from ckptd.storage.wrappers import LimitedTier, MeteredTier, RetryingTier, VerifyingTier
+from ckptd.storage.wrappers import FillableTier, LimitedTier, MeteredTier, RetryingTier, VerifyingTier
 from ckptd.testing import TierSuite
 
 Wrap = Callable[[Tier], Tier]
@@ -28,10 +28,10 @@ def _inside_out(tier: Tier) -> Tier:
     return VerifyingTier(MeteredTier(_limited(RetryingTier(tier))))
 
 
-WRAPS: list[Wrap] = [RetryingTier, _limited, VerifyingTier, MeteredTier, _usual, _inside_out]
+WRAPS: list[Wrap] = [RetryingTier, _limited, VerifyingTier, MeteredTier, FillableTier, _usual, _inside_out]
 
 
-@pytest.fixture(params=WRAPS, ids=["retrying", "limited", "verifying", "metered", "usual", "inside-out"])
+@pytest.fixture(params=WRAPS, ids=["retrying", "limited", "verifying", "metered", "fillable", "usual", "inside-out"])
 def wrap(request: pytest.FixtureRequest) -> Wrap:
     """Each wrapper, and two orders of all."""
     found: Wrap = request.param

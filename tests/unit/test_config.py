@@ -382,3 +382,14 @@ def test_a_variable_that_can_not_be_used(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} '{value}'") as caught:
         AgentConfig.from_environ({"HOME": "/home/me", name: value})
     assert caught.value.hint
+
+
+def test_how_long_a_start_waits_for_its_node(tmp_path):
+    """`check_wait` is a duration in a job file, survives the journal, and must be longer than nothing."""
+    path = tmp_path / "job.toml"
+    path.write_text('command = ["train.py"]\nstore = "runs"\ncheck_wait = "90s"\n')
+    config = load_job_file(path)
+    assert config.check_wait_s == 90.0
+    assert JobConfig.from_json(config.to_json()).check_wait_s == 90.0
+    with pytest.raises(ConfigError, match="check_wait is 0 s"):
+        dataclasses.replace(config, check_wait_s=0.0)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from ckptd import errors
 from ckptd.cli import main
-from ckptd.cli.run import STOPPED
-from ckptd.errors import ERROR_BY_CODE, CkptdError, InvariantError, from_json, invariant
+from ckptd.errors import ERROR_BY_CODE, RESUMABLE, CkptdError, InvariantError, from_json, invariant
 
 FAMILY = sorted(
     (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CkptdError)),
@@ -25,7 +24,7 @@ def test_codes_and_exit_codes_are_unique() -> None:
     """No two errors share their code or their exit code, and none has one that means something else to a shell."""
     assert len({kind.code for kind in FAMILY}) == len(FAMILY)
     assert len({kind.exit_code for kind in FAMILY}) == len(FAMILY)
-    taken = {0, STOPPED, 126, 127, *range(128, 256)}
+    taken = {0, RESUMABLE, 126, 127, *range(128, 256)}
     assert not {kind.exit_code for kind in FAMILY} & taken
 
 
@@ -87,7 +86,7 @@ def test_help_lists_every_exit_code() -> None:
     """`ckptctl --help` documents exactly the exit codes that there are."""
     listed = main._EPILOG.partition("Exit codes:")[2].partition("Environment:")[0]
     found = {int(number) for number in re.findall(r"(?:^|,)\s*(\d+) ", listed)}
-    assert found == {0, STOPPED, main._INTERRUPTED, *(kind.exit_code for kind in FAMILY)}
+    assert found == {0, RESUMABLE, main._INTERRUPTED, *(kind.exit_code for kind in FAMILY)}
 
 
 def test_help_shows_the_list() -> None:

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ckptd.errors import StoreError
-from ckptd.journal import JobEntry, Journal, entry_now
+from ckptd.journal import JobEntry, Journal, Life, entry_now
 from ckptd.testing import race
 from ckptd.types import Incident
 
@@ -41,6 +42,46 @@ def test_jobs_are_kept(tmp_path: Path) -> None:
     assert other.read_jobs() == [entry("gpt", 2, 12.0), entry("bert", updated_at=11.5)]
     assert other.read_job("none") is None
     other.close()
+
+
+def test_what_the_next_agent_needs_is_kept(tmp_path: Path) -> None:
+    """Whether a job comes back, and whose processes it has, is read back equal; an entry without is one of nobody."""
+    journal = Journal(tmp_path)
+    life = Life(comes_back=True, boot_id="b", launcher_pid=7, launcher_started=1234)
+    journal.write_job(replace(entry("gpt"), life=life))
+    journal.write_job(entry("bert"))
+    lives = {item.job: item.life for item in journal.read_jobs()}
+    assert lives == {"gpt": life, "bert": Life()}
+    journal.close()
+    assert Life.from_json({"comes_back": True, "of a later version": 1}) == Life(comes_back=True)
+
+
+def test_a_journal_of_an_older_version(tmp_path: Path) -> None:
+    """A file without the column for that is read as it is, and gets it from the first agents that write, at once."""
+    with closing(sqlite3.connect(tmp_path / "journal.sqlite")) as database:
+        database.execute(
+            "CREATE TABLE jobs (job TEXT PRIMARY KEY, config TEXT NOT NULL, status TEXT NOT NULL,"
+            " agent_pid INTEGER NOT NULL, agent_socket TEXT NOT NULL, updated_at REAL NOT NULL)"
+        )
+        database.execute("CREATE TABLE incidents (job TEXT, number INTEGER, incident TEXT, PRIMARY KEY (job, number))")
+        database.execute("INSERT INTO jobs VALUES ('gpt', '{}', '{\"step\": 3}', 7, 's', 1.0)")
+        database.commit()
+    reader = Journal(tmp_path, read_only=True)
+    assert reader.read_job("gpt") == JobEntry("gpt", {}, {"step": 3}, 7, "s", 1.0)
+    reader.close()
+    code = """
+from pathlib import Path
+from ckptd.journal import Journal, Life, entry_now
+ready()
+journal = Journal(Path(sys.argv[2]))
+journal.write_job(entry_now(f"job-{sys.argv[1]}", {}, {}, 7, "s", life=Life(comes_back=True)))
+"""
+    race(code, 4, str(tmp_path))
+    reader = Journal(tmp_path, read_only=True)
+    assert {item.job: item.life.comes_back for item in reader.read_jobs()} == {
+        "gpt": False, **{f"job-{number}": True for number in range(4)}
+    }  # fmt: skip
+    reader.close()
 
 
 def test_incidents_are_kept(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class RestartPolicy:
     window_s: float = 86400.0
     """What is longer ago is not held against the job: failures come with hours of training, not with bugs alone."""
     same_exception_limit: int = 3
-    """The same exception at the same step this often in a row is no chance."""
+    """The same exception, or bad number, at the same step this often in a row is no chance."""
     same_death_limit: int = 5
     """The same exit code or signal at the same step this often in a row, which chance can do too."""
     quick_s: float = 60.0
@@ -45,7 +45,8 @@ class Failure:
     """The last step that any rank had finished."""
     progressed: bool
     """Whether its generation had finished a step beyond where the one before it had failed."""
-    is_exception: bool = False
+    by_script: bool = False
+    """Whether the script itself brought it about, by an exception or a bad number: that is hardly ever chance."""
     refused: str | None = None
     """The message of a refusal that no restart can cure, such as state that doesn't fit the model."""
     at_s: float = 0.0
@@ -82,9 +83,9 @@ def decide(failures: Sequence[Failure], policy: RestartPolicy, older: Checkpoint
     spent = sum(1 for failure in failures if failure.at_s > last.at_s - policy.window_s)
     within = f"within {_span(policy.window_s)}"
     repeated = _repetitions(failures)
-    limit = policy.same_exception_limit if last.is_exception else policy.same_death_limit
+    limit = policy.same_exception_limit if last.by_script else policy.same_death_limit
     if repeated > limit or (repeated == limit and older is None):
-        kind = "an exception" if last.is_exception else "a death"
+        kind = "what a script does itself" if last.by_script else "a death"
         then = "an older checkpoint ended the same way" if repeated > limit else "there is no older checkpoint to try"
         return _give_up(
             f"the same failure {repeated} times in a row at step {last.step}: {what}",

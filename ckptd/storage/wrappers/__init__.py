@@ -5,9 +5,19 @@ All keep the contract and can be put around each other in any order. From the in
 nobody else up), `VerifyingTier` (so that a look that fails does not send everything again).
 """
 
+from ckptd.storage.wrappers.fill import FillableTier
 from ckptd.storage.wrappers.limit import LimitedTier
 from ckptd.storage.wrappers.meter import MeteredTier
 from ckptd.storage.wrappers.retry import Retrier, RetryingTier, RetryPolicy, next_delay
 from ckptd.storage.wrappers.verify import VerifyingTier
 
-__all__ = ["LimitedTier", "MeteredTier", "Retrier", "RetryPolicy", "RetryingTier", "VerifyingTier", "next_delay"]
+__all__ = [
+    "FillableTier",
+    "LimitedTier",
+    "MeteredTier",
+    "Retrier",
+    "RetryPolicy",
+    "RetryingTier",
+    "VerifyingTier",
+    "next_delay",
+]

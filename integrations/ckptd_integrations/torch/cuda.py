@@ -93,6 +93,27 @@ class DeviceCopies:
         self._slot = None
 
 
+class DeviceNumber:
+    """One number on its way from a device to page-locked memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        """Give the copy to the device, behind its present work."""
+        with torch.no_grad():
+            self._host = torch.empty((), dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor.detach().reshape(()), non_blocking=True)
+            self._event = _cuda.current_stream(tensor.device).record_event()
+
+    @property
+    def done(self) -> bool:
+        """Whether it is there."""
+        return bool(self._event.query())
+
+    def value(self) -> float:
+        """Wait for it, and return it."""
+        self._event.synchronize()
+        return float(self._host)
+
+
 def _copy(elements: Tensor, tensors: Sequence[Tensor | None], columns: Columns, stream: Any) -> None:
     """Give the copies of those `tensors` that are there to the present stream, which is `stream`."""
     for index, skip, offset, size in zip(*columns, strict=True):

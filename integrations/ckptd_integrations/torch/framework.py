@@ -11,13 +11,15 @@ from ckptd.client.framework import Membership, OfferedCheckpoint
 from ckptd.errors import StateError
 from ckptd_integrations.torch import restoring
 from ckptd_integrations.torch.capture import Means, TorchImage, pack_values
-from ckptd_integrations.torch.cuda import PageLocks
+from ckptd_integrations.torch.cuda import DeviceNumber, PageLocks
 from ckptd_integrations.torch.layouts import LayoutCache
+from ckptd_integrations.torch.local_boxes import is_dtensor
 from ckptd_integrations.torch.overlap import CopyThread, StepHook
 from ckptd_integrations.torch.rng import RNG_NAME, capture_rng
 from ckptd_integrations.torch.roles import RoleFinder
 from ckptd_integrations.torch.tensors import tabulate
 from ckptd_integrations.torch.tree import Harvest, Known
+from ckptd_integrations.torch.waiting import WaitMeter
 
 _RESERVED = "__ckptd__"
 
@@ -47,6 +49,7 @@ class TorchBinding:
         self._roles = RoleFinder(membership)
         self._means = Means(LayoutCache(membership), StepHook(), PageLocks(), CopyThread())
         self._known = Known()
+        self._waits = WaitMeter()
 
     @property
     def overlaps_by_default(self) -> bool:
@@ -93,6 +96,21 @@ class TorchBinding:
         """
         self._means.hook.call(wait)
 
+    def number(self, value: object) -> DeviceNumber | None:
+        """Have a one-element tensor on a CUDA device brought to main memory, in the order of the device's work.
+
+        None for what lies on no device. Raises `TypeError` for a distributed tensor: to read it takes a collective.
+        """
+        if not isinstance(value, torch.Tensor):
+            return None
+        if is_dtensor(value):
+            raise TypeError("a distributed tensor is reported as its full_tensor()")
+        return DeviceNumber(value) if value.is_cuda and value.numel() == 1 else None
+
+    def count_waits(self, add: Callable[[int], None]) -> None:
+        """Have `add` told how long this rank's host waits for other ranks, in nanoseconds."""
+        self._waits.count(self.state.values(), add)
+
     def restore(self, offered: OfferedCheckpoint) -> None:
         """Fill the bound objects in place from the parts that this rank needs.
 
@@ -103,6 +121,7 @@ class TorchBinding:
 
     def close(self) -> None:
         """Undo what binding has changed in torch, and unlock slots."""
+        self._waits.close()
         self._means.hook.close()
         self._means.thread.close()
         self._means.locks.release()

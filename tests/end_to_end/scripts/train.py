@@ -26,6 +26,7 @@ parser.add_argument("--rank", type=int, default=1)
 parser.add_argument("--job")
 parser.add_argument("--store")
 parser.add_argument("--every")
+parser.add_argument("--hang")
 args = parser.parse_args()
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -58,7 +59,7 @@ if args.die_in_capture and rank == args.rank:
 
     write_values, capture.write_values = capture.write_values, die_in_capture
 
-options = {key: value for key in ("job", "store", "every") if (value := getattr(args, key))}
+options = {key: value for key in ("job", "store", "every", "hang") if (value := getattr(args, key))}
 with ckptd.attach(model=net, optimizer=optimizer, scheduler=scheduler, seen=0, **options) as run:
     print(f"generation {run.generation} restored {run.restored and (run.restored.step, run.restored.tier)}", flush=True)
     for step in run.steps(args.steps):

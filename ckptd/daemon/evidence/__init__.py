@@ -1,0 +1,1 @@
+"""What is gathered of a failure before its processes are gone: see `collect`."""

@@ -1,0 +1,93 @@
+"""What a launcher learns from its ranks: modules that they have imported of what is preloaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_DRIVER = """
+import json, os, select, sys
+sys.path.insert(0, sys.argv[1])
+from ckptd.launcher.learning import Learner
+names = sys.argv[2].split(",")
+learner = Learner(["lazy"])
+result, trials = None, 0
+learner.begin(names)
+while learner.trial is not None:
+    trials += 1
+    select.select([learner.trial], [], [])
+    result = learner.end()
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            break
+loaded = sorted(name for name in sys.modules if name.startswith(("lazy.", "other")))
+print(json.dumps({"loaded": loaded, "trials": trials, "skipped": result.skipped if result else None,
+                  "descriptors": len(os.listdir("/proc/self/fd"))}))
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A package with parts of every kind: plain ones, and each that a fork would break."""
+    parts = {
+        "__init__": "",
+        "plain": "from lazy import below",
+        "below": "",
+        "thread": "import threading, time; threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
+        "uses_thread": "from lazy import thread",
+        "file": "keep = open(__file__)",
+        "broken": "raise RuntimeError('no GPU here')",
+        "deadly": "import os; os._exit(3)",
+    }
+    (tmp_path / "lazy").mkdir()
+    for name, code in parts.items():
+        (tmp_path / "lazy" / f"{name}.py").write_text(code)
+    (tmp_path / "other.py").write_text("")
+    return tmp_path
+
+
+def learn(package: Path, *names: str) -> dict[str, Any]:
+    """Learn `names` in a process of its own."""
+    arguments = [sys.executable, "-c", _DRIVER, str(package), ",".join(names)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def test_what_ranks_have_imported_is_imported_after_a_trial(package: Path) -> None:
+    """Proves the plain case: one trial, and the module is loaded with what it imports; other packages are left."""
+    result = learn(package, "lazy.plain", "other")
+    assert (result["loaded"], result["trials"], result["skipped"]) == (["lazy.below", "lazy.plain"], 1, {})
+    assert result["descriptors"] == learn(package, "other")["descriptors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("lazy.thread", "starts threads"), ("lazy.file", "leaves descriptors open"), ("lazy.broken", "import failed")],
+)
+def test_what_a_fork_would_break_is_left_to_the_ranks(package: Path, name: str, reason: str) -> None:
+    """Proves that the trial finds it, that the launcher never imports it, and that everything else is learned."""
+    result = learn(package, name, "lazy.plain")
+    assert result["loaded"] == ["lazy.below", "lazy.plain"]
+    assert list(result["skipped"]) == [name]
+    assert result["skipped"][name].startswith(reason)
+
+
+def test_what_imports_something_unfit_is_unfit_too(package: Path) -> None:
+    """Proves that a module which starts no thread by itself is tried again without the one that did, and left too."""
+    result = learn(package, "lazy.thread", "lazy.uses_thread", "lazy.plain")
+    assert result["loaded"] == ["lazy.below", "lazy.plain"]
+    assert set(result["skipped"]) == {"lazy.thread", "lazy.uses_thread"}
+    assert result["trials"] == 3
+
+
+def test_a_trial_that_dies_teaches_nothing(package: Path) -> None:
+    """Proves that a module which ends its process costs the trial alone."""
+    result = learn(package, "lazy.deadly", "lazy.plain")
+    assert (result["loaded"], result["skipped"]) == ([], None)

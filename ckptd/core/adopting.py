@@ -21,7 +21,7 @@ from ckptd.core.job_spec import JobSpec, Now
 from ckptd.core.job_states import JobEvent, JobState
 from ckptd.core.policy.restart import RestartDecision
 from ckptd.core.snapshots import Slot
-from ckptd.types import Evidence
+from ckptd.types import CheckpointId, Evidence
 
 SAY_MISSING_S = 10.0
 """So long after its return the agent says which ranks are not back; a step may well take longer."""
@@ -196,9 +196,12 @@ class Adopting(Failing):
         if not self.adopting or waits or not self._store_known:
             return []
         self.adopting = False
-        trusted = {shard.id for shard in self._told.values()}
+        told = tuple(self._told.values())
+        trusted = {shard.id for shard in told}
         shards, self._found, self._told = self._found, {}, {}
+        whole = {item for item in trusted if sum(shard.id == item for shard in told) == self.spec.world_size}
         effects = self.keeper.adopt(shards, trusted, now.s)
+        self._miss_newest(whole)
         wanted, self._stop_wanted = self._stop_wanted, None
         if self.state not in LIVE or self.generation is None:
             effects += self.keeper.abandon("its ranks have ended", now.s)
@@ -213,6 +216,17 @@ class Adopting(Failing):
         effects.append(Log("job adopted", fields))
         effects += self._left(now)
         return effects + ([] if wanted is None else self._stop(wanted, now))
+
+    def _miss_newest(self, told: Collection[CheckpointId]) -> None:
+        """Note whether the newest of the snapshots that were complete is nowhere any more.
+
+        Their ranks may have been let go since no tier would take it, and the job must not end as if one had.
+        """
+        found = {snapshot.id for snapshot in self.keeper.book.complete}
+        found |= {source.id for source in self.offers.stored}
+        newest = max(told, default=None)
+        if newest is not None and newest > max(found, default=CheckpointId(0, 0)):
+            self._gone_with_agent = newest
 
     def _left(self, now: Now) -> list[Effect]:
         """Dismiss the ranks once all have left and nothing waits for its commit."""

@@ -16,6 +16,7 @@ from ckptd.core.job_states import JOB_TABLE, JobEvent, JobState
 from ckptd.core.keeper import Keeper
 from ckptd.core.recovery import Recovery
 from ckptd.errors import CkptdError, JobFailedError
+from ckptd.types import CheckpointId
 
 LIVE = (JobState.STARTING, JobState.RUNNING)
 """The states in which ranks live and should."""
@@ -42,6 +43,8 @@ class Ending:
         self._may_leave = False
         """Whether the ranks were told to leave, so that each of them may end."""
         self._at_once = False
+        self._gone_with_agent: CheckpointId | None = None
+        """A snapshot newer than all checkpoints, of which an agent that was replaced knew, and that is nowhere now."""
         self.upload_s: dict[str, float] = {}
         """For each further tier, how long one of the last uploads took at most."""
         self._outcome: tuple[JobEvent, CkptdError | None] = (JobEvent.FINISH, None)
@@ -173,7 +176,7 @@ class Ending:
         missing = self.keeper.tiers.hopeless
         if error is None and lost and self._at_once:
             event = JobEvent.HALT  # as it was wanted, and said
-        elif error is None and lost:
+        elif error is None and (lost or self._gone_with_agent is not None):
             event = JobEvent.GIVE_UP
             error = JobFailedError("the last snapshot could not be made durable", hint="see the flush errors above")
         elif error is None and missing:

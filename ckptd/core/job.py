@@ -136,6 +136,7 @@ class JobMachine(Adopting, Numbering, Gating):
             return []
         self._move(JobEvent.CLAIMED)
         self._full_claims = 0
+        self._gone_with_agent = None  # its steps are done again
         offer = self._offer
         self.offers.began_with(offer)
         self._last_generation = event.generation
@@ -248,6 +249,7 @@ class JobMachine(Adopting, Numbering, Gating):
         usable = not (damaged or lost)
         if usable:
             self.offers.add(source)
+            self._gone_with_agent = None
         on_committed = self.keeper.on_committed if flushed else self.keeper.on_uploaded
         effects = on_committed(event, now, usable=usable, restorable=self.offers.newest_on(event.tier))
         self.offers.keep(self.keeper.tiers.held)

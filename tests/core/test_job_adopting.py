@@ -298,3 +298,17 @@ def test_a_launcher_that_dies_before_its_ranks_are_there() -> None:
     lines = job.feed(e.LauncherExited(LAUNCHER))
     assert lines[0] == "log rank failed"
     assert lines[-1] == "claim 2 after None"
+
+
+def test_a_last_snapshot_that_went_with_its_agent_is_no_success(training: Script) -> None:
+    """Proves that a job does not end well whose ranks were let go since no tier took their last snapshot."""
+    for rank in (0, 1):
+        training.feed(e.RankLeft(rank, 10))
+    after, _ = take_over(training)
+    after.store(last_generation=1)
+    after.feed(e.RankExited(0, after.pids[0], None))
+    assert "could not be made durable" in after.feed(e.RankExited(1, after.pids[1], None))[-1]
+    stored, _ = take_over(training)
+    stored.store("g1/s10", last_generation=1)
+    stored.feed(e.RankExited(0, stored.pids[0], None))
+    assert stored.feed(e.RankExited(1, stored.pids[1], None))[-1] == "end finished"

@@ -59,6 +59,7 @@ class Witness(RankWitness):
         self._tier = TIER
         self._witnesses: dict[CheckpointId, dict[int, dict[str, str]]] = {}
         self._given_up: CheckpointId | None = None
+        self._steps_back = False
         self._last_step_lost = False
         self._over = True
         self._claims: dict[int, CheckpointId | None] = {}
@@ -103,6 +104,7 @@ class Witness(RankWitness):
 
     def before(self, event: e.Input, agent: ModelAgent) -> None:
         """Note what the machine is about to hear."""
+        self._steps_back = isinstance(event, e.RestartWanted)
         self.seen[type(event).__name__] += 1
         self.bucket.before(event, agent)
         self.scrubs.before(event)
@@ -195,7 +197,7 @@ class Witness(RankWitness):
         """Look what the machine made of an event."""
         if isinstance(event, e.Committed) and event.tier == TIER:
             self.commit_unknown = False
-        if self._given_up in self.memory and not isinstance(event, e.RestartWanted):
+        if self._given_up in self.memory and not self._steps_back:
             self._give_up(self._given_up)
         self._given_up = None
         for process in agent.ranks.values():
@@ -318,7 +320,7 @@ class Witness(RankWitness):
     def agent_killed(self) -> None:
         """Note in the middle of what the agent dies."""
         self.seen["agent killed during a flush"] += self._flush_open
-        if self._given_up in self.memory:
+        if self._given_up in self.memory and not self._steps_back:
             self._give_up(self._given_up)
         self._given_up = None
         self.bucket.agent_killed()
@@ -378,7 +380,8 @@ class Witness(RankWitness):
         """Whether the newest snapshot failed to become durable so often that the job may end with an error."""
         self.seen["hopeless"] += 1
         failures = 0 if self.newest is None else self.flush_failures.get(self.newest, 0)
-        return failures >= FINAL_FLUSH_TRIES or self.bucket.hopeless
+        gone = self.takeovers.lost > max(self._node.disk.manifests, default=CheckpointId(0, 0))
+        return failures >= FINAL_FLUSH_TRIES or gone or self.bucket.hopeless
 
     def job_finished(self) -> None:
         """Check what a finished job leaves."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ckptd.core import events as e
 from ckptd.core.adopt_events import RankReturned
+from ckptd.types import CheckpointId
 
 if TYPE_CHECKING:
     from tests.simulation.agent import ModelAgent
@@ -19,6 +20,8 @@ class TakeoverWitness:
     def __init__(self, witness: Witness, node: Node) -> None:
         self._witness, self._node = witness, node
         self.count = 0
+        self.lost = CheckpointId(0, 0)
+        """The newest snapshot that went with its ranks while no agent was there."""
         self._announced: set[int] | None = None
         """The steps that the present agent has announced; None as long as it is the first one."""
 
@@ -40,6 +43,7 @@ class TakeoverWitness:
         lost = [item for item, slots in witness.memory.items() if not all(id(slot) in held for slot in slots)]
         for item in lost:
             del witness.memory[item]
+            self.lost = max(item, self.lost)
             witness.seen["memory lost with a rank"] += 1
 
     def is_void(self, event: e.RankSealed) -> bool:

@@ -46,6 +46,7 @@ EVENTS = frozenset({
     "job started",
     "job stays away",
     "journal failed",
+    "launcher learned",
     "launcher lost",
     "launcher missing",
     "launcher ready",

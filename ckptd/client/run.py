@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from ckptd.client.restoring import Restored, restore
 from ckptd.client.sections import Section, Sections, deadline_s
 from ckptd.client.session import Session
 from ckptd.errors import RESUMABLE, StateError
+from ckptd.protocol import inherited
 from ckptd.protocol import messages as m
 from ckptd.protocol.page import NEVER, PAGE_BYTES, Phase, Word
 
@@ -198,6 +200,15 @@ class Run:
         self._tell(m.Stepped(step, time.monotonic()))
         # An optimizer has its state only now: get slots that fit before the first capture needs them.
         capturing.reserve(step)
+        if self._place[1] == 0 and inherited.packages:
+            self._tell_imports()
+
+    def _tell_imports(self) -> None:
+        """Say what was imported since the fork, so that the ranks of the next generation are forked with it."""
+        new = [name for name in sys.modules if name not in inherited.modules]
+        wanted = [name for name in new if name.partition(".")[0] in inherited.packages]
+        if wanted:
+            self._tell(m.Imported(wanted))
 
     def _capture_last(self, capturing: Capturing, step: int) -> None:
         session = self._session

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ckptd.config import JobConfig
@@ -31,6 +31,8 @@ from ckptd.protocol.messages import (
     Adopted,
     Exited,
     Kill,
+    Learn,
+    Learned,
     Message,
     Ready,
     Returned,
@@ -268,6 +270,11 @@ class Processes:
             self._orphans.take(self._living)
         self._orphans.kill(number)
 
+    def learn(self, modules: Sequence[str]) -> None:
+        """Have the launcher import what ranks have imported, before it forks the next ones."""
+        if self._launcher is not None and self._launcher.connected:
+            self._launcher.send(Learn(list(modules)))
+
     def pump(self) -> None:
         """Pass on what ranks have printed."""
         if self._follower is not None:
@@ -293,6 +300,10 @@ class Processes:
                 self._spawn()
             case Spawned():
                 self._begun(message.rank, message.pid)
+            case Learned():
+                self._log.info("launcher learned", modules=message.modules, import_s=round(message.seconds, 3))
+                for name, reason in message.skipped.items():
+                    self._log.debug("module not preloaded", module=name, reason=reason)
             case SpawnFailed():
                 self._feed(e.SetupFailed(from_json(message.error)))
             case Exited():

@@ -23,7 +23,7 @@ _MAX_FILES = 64
 """How many descriptors an answer may carry besides the two of an admission: the kernel takes 253 at once."""
 
 
-def from_rank(job: Supervisor, rank: Rank, message: m.Message) -> None:
+def from_rank(job: Supervisor, rank: Rank, message: m.Message) -> None:  # noqa: C901, PLR0912 - a dispatch table
     """Handle a message of a rank that has joined."""
     number = rank.rank
     match message:
@@ -48,6 +48,9 @@ def from_rank(job: Supervisor, rank: Rank, message: m.Message) -> None:
         case m.Missed():
             error = None if message.error is None else from_json(message.error)
             job.feed(e.CaptureMissed(number, message.step, error))
+        case m.Imported():
+            if job.processes is not None:
+                job.processes.learn(message.modules)
         case m.Request():
             job.feed(e.CheckpointWanted())
         case m.Leave():

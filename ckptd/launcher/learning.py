@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ckptd.launcher.preload import in_words, why_unfit
+from ckptd.launcher.preload import in_words, shadowed, why_unfit
 from ckptd.launcher.processes import close_descriptors, die_with, flush_c_streams, open_descriptors
 from ckptd.launcher.stdio import flush_streams
 
@@ -29,6 +29,8 @@ _MAX_TRIALS = 8
 _NICENESS = 10
 """A trial takes its time beside training, not from it."""
 _PIPE_BYTES = 65536
+_ALL = "*"
+"""Stands for all modules of a trial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +49,20 @@ class Learner:
     `trial` is the descriptor that becomes readable at the end of the trial that is under way, if there is one.
     """
 
-    packages: Sequence[str]
+    packages: frozenset[str]
+    folder: str
+    """The script's, whose own modules none of another package may hide."""
     trial: int | None = None
     _wanted: list[str] = field(default_factory=list)
     _unfit: dict[str, str] = field(default_factory=dict)
 
     def begin(self, names: Iterable[str]) -> None:
         """Begin a trial of those of `names` that are news, unless one is under way; see `trial`."""
-        if self.trial is not None or len(self._unfit) >= _MAX_TRIALS:
+        if self.trial is not None or _ALL in self._unfit or len(self._unfit) >= _MAX_TRIALS:
             return
         self._wanted = [name for name in names if self._is_news(name)]
         if self._wanted:
-            self.trial = _try_in_child(self._wanted)
+            self.trial = _try_in_child(self._wanted, self.folder)
 
     def _is_news(self, name: str) -> bool:
         return name.partition(".")[0] in self.packages and name not in sys.modules and name not in self._unfit
@@ -72,6 +76,8 @@ class Learner:
             return None
         unfit: dict[str, str] = json.loads(said)
         self._unfit |= unfit
+        if _ALL in unfit:
+            return Learned(0, 0.0, dict(self._unfit))
         if unfit:
             self.begin(self._wanted)
             if self.trial is not None:
@@ -80,7 +86,7 @@ class Learner:
         began_s = time.monotonic()
         loaded = len(sys.modules)
         for name in self._wanted:
-            importlib.import_module(name)
+            importlib.import_module(name)  # it has worked in the child
         gc.collect()
         gc.freeze()  # as at the start: a rank's first collection would touch, and so copy, all of it
         return Learned(len(sys.modules) - loaded, time.monotonic() - began_s, dict(self._unfit))
@@ -92,7 +98,7 @@ class Learner:
             self.trial = None
 
 
-def _try_in_child(names: Sequence[str]) -> int:
+def _try_in_child(names: Sequence[str], folder: str) -> int:
     """Import `names` in a forked child; return where that says which was unfit, in JSON, or nothing if it died."""
     reader, writer = os.pipe()
     parent_pid = os.getpid()
@@ -106,7 +112,7 @@ def _try_in_child(names: Sequence[str]) -> int:
             close_descriptors(but=writer)
             signal.set_wakeup_fd(-1)
             os.nice(_NICENESS)
-            _try(names, writer)
+            _try(names, folder, writer)
         finally:
             os._exit(0)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -114,7 +120,7 @@ def _try_in_child(names: Sequence[str]) -> int:
     return reader
 
 
-def _try(names: Sequence[str], writer: int) -> None:
+def _try(names: Sequence[str], folder: str, writer: int) -> None:
     """Import until one is unfit, and write down which and why."""
     before = open_descriptors()
     unfit: dict[str, str] = {}
@@ -128,4 +134,7 @@ def _try(names: Sequence[str], writer: int) -> None:
         if reason is not None:
             unfit[name] = reason
             break
+    hidden = shadowed(folder, list(sys.modules))
+    if hidden:
+        unfit = {_ALL: f"the script's folder has its own {', '.join(hidden)}, which they would hide"}
     os.write(writer, json.dumps(unfit).encode())

@@ -14,6 +14,7 @@ from typing import NoReturn
 from ckptd.errors import CkptdError
 from ckptd.launcher.command import LauncherOptions, plan_command
 from ckptd.launcher.control import Control
+from ckptd.launcher.learning import Learner
 from ckptd.launcher.preload import preload, shadowed
 from ckptd.launcher.processes import adopt_orphans, close_descriptors, end_descendants
 from ckptd.launcher.rank import RankStart, script_folder, signal_dispositions
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str]) -> RankStart | int:
         control,
         command,
         belongs=options.belongs,
+        learner=Learner(frozenset(name.partition(".")[0] for name in loaded), script_folder(command)),
         dispositions=dispositions,
         interpreter=tuple(beginning[:-2]),
     )

@@ -26,6 +26,7 @@ from ckptd.launcher.command import RankCommand
 from ckptd.launcher.processes import close_descriptors, die_with
 from ckptd.launcher.report import show_below, show_refusal, tell
 from ckptd.launcher.stdio import rebuild_streams
+from ckptd.protocol import inherited
 
 Dispositions = dict[signal.Signals | int, Any]
 
@@ -45,6 +46,8 @@ class RankStart:
     stderr_fd: int
     launcher_pid: int
     dispositions: Dispositions
+    packages: frozenset[str]
+    """Of what the launcher would preload more, if the rank says what it has imported of it."""
     interpreter: tuple[str, ...]
     """The interpreter and its own flags, as in `sys.orig_argv`."""
 
@@ -88,6 +91,7 @@ class RankStart:
         self.become_process()
         os.environ.update(self.env)
         rebuild_streams(os.environ)
+        inherited.modules, inherited.packages = frozenset(sys.modules), self.packages
         _renew_randomness()
         importlib.invalidate_caches()
         # CPython forgets this at a fork, and profilers know the main thread by it.

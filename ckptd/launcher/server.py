@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from ckptd.errors import AgentError, CkptdError, ConfigError, FencedError, StoreError
 from ckptd.launcher.command import Belonging, RankCommand
 from ckptd.launcher.control import Control
+from ckptd.launcher.learning import Learner
 from ckptd.launcher.processes import end_descendants, flush_c_streams, kill_group
 from ckptd.launcher.rank import Dispositions, RankStart
 from ckptd.launcher.seeking import Seeker
 from ckptd.launcher.stdio import flush_streams
-from ckptd.protocol.messages import Dissolve, Exited, Kill, Message, Spawn, Spawned, SpawnFailed
+from ckptd.protocol.messages import Dissolve, Exited, Kill, Learn, Learned, Message, Spawn, Spawned, SpawnFailed
 
 _STRAYS_EVERY_S = 1.0
 _SWEEP_DEADLINE_S = 2.0
@@ -48,12 +49,14 @@ class Launcher:
         command: RankCommand,
         *,
         belongs: Belonging | None,
+        learner: Learner,
         dispositions: Dispositions,
         interpreter: tuple[str, ...],
     ) -> None:
         self._control = control
         self._command = command
         self._seeker = None if belongs is None else Seeker(belongs)
+        self._learner = learner
         self._dispositions = dispositions
         self._interpreter = interpreter
         self._pid = os.getpid()
@@ -138,6 +141,9 @@ class Launcher:
                 start = self._spawn(message)
                 if start is not None:
                     return start
+            elif isinstance(message, Learn):
+                self._learner.begin(message.modules)
+                self._await_trial()
             elif isinstance(message, Kill):
                 self._kill(message.signal)
             elif isinstance(message, Dissolve):
@@ -145,6 +151,19 @@ class Launcher:
             else:
                 _complain(f"the agent sent {type(message).__name__}, which means nothing to a launcher")
         return None
+
+    def _await_trial(self) -> None:
+        trial = self._learner.trial
+        if trial is not None and trial not in self._selector.get_map():
+            self._selector.register(trial, selectors.EVENT_READ, self._on_trial)
+
+    def _on_trial(self) -> None:
+        assert self._learner.trial is not None
+        self._selector.unregister(self._learner.trial)
+        learned = self._learner.end()
+        self._await_trial()
+        if learned is not None:
+            self._control.send(Learned(learned.modules, learned.seconds, learned.skipped))
 
     def _seek(self, seeker: Seeker, now_s: float) -> RankStart | None:
         """Look for the next agent; when that has come to nothing, end the ranks, with a word of warning first."""
@@ -222,6 +241,7 @@ class Launcher:
             stdout_fd=opened[0],
             stderr_fd=opened[1],
             launcher_pid=self._pid,
+            packages=self._learner.packages,
             dispositions=self._dispositions,
             interpreter=self._interpreter,
         )
@@ -283,6 +303,7 @@ class Launcher:
         """Let go of what the child has inherited, so that no destructor closes a number that is in use again."""
         self._control.close()
         self._selector.close()
+        self._learner.forget()
         self._stop_reader.close()
         self._stop_writer.close()
 

@@ -141,6 +141,12 @@ class Missed(Message):
     error: dict[str, Any] | None = None
 
 
+class Imported(Message):
+    """What a rank has imported of the packages that its launcher preloads, beyond what it was forked with."""
+
+    modules: list[str]
+
+
 class Request(Message):
     """A rank asks for a checkpoint at the next boundary that all ranks can meet."""
 
@@ -286,6 +292,20 @@ class SpawnFailed(Message):
 
     rank: int
     error: dict[str, Any]
+
+
+class Learn(Message):
+    """Import these too before the next fork: ranks have needed them."""
+
+    modules: list[str]
+
+
+class Learned(Message):
+    """The launcher has loaded `modules` more in `seconds`; `skipped` maps names to reasons."""
+
+    modules: int
+    seconds: float
+    skipped: dict[str, str]
 
 
 class Kill(Message):

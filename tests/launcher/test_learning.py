@@ -15,7 +15,7 @@ import json, os, select, sys
 sys.path.insert(0, sys.argv[1])
 from ckptd.launcher.learning import Learner
 names = sys.argv[2].split(",")
-learner = Learner(["lazy"])
+learner = Learner(frozenset(["lazy"]), sys.argv[3])
 result, trials = None, 0
 learner.begin(names)
 while learner.trial is not None:
@@ -50,12 +50,13 @@ def package(tmp_path: Path) -> Path:
     for name, code in parts.items():
         (tmp_path / "lazy" / f"{name}.py").write_text(code)
     (tmp_path / "other.py").write_text("")
+    (tmp_path / "script").mkdir()
     return tmp_path
 
 
 def learn(package: Path, *names: str) -> dict[str, Any]:
     """Learn `names` in a process of its own."""
-    arguments = [sys.executable, "-c", _DRIVER, str(package), ",".join(names)]
+    arguments = [sys.executable, "-c", _DRIVER, str(package), ",".join(names), str(package / "script")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout))
 
@@ -91,3 +92,12 @@ def test_a_trial_that_dies_teaches_nothing(package: Path) -> None:
     """Proves that a module which ends its process costs the trial alone."""
     result = learn(package, "lazy.deadly", "lazy.plain")
     assert (result["loaded"], result["skipped"]) == ([], None)
+
+
+def test_nothing_is_learned_that_would_hide_a_module_of_the_script(package: Path) -> None:
+    """Proves that a rank gets the module of its own folder whether its launcher has learned or not."""
+    (package / "lazy" / "uses_other.py").write_text("import other")
+    (package / "script" / "other.py").write_text("")
+    result = learn(package, "lazy.uses_other", "lazy.plain")
+    assert result["loaded"] == []
+    assert result["skipped"] == {"*": "the script's folder has its own other, which they would hide"}

@@ -34,6 +34,7 @@ lint: venv
 
 # Random faults against a real job, and what must hold after each: make chaos ARGS="--faults 200"; see tests/chaos.
 chaos: venv
+	$(BIN)/python -m pytest -m chaos tests/end_to_end
 	$(BIN)/python -m tests.chaos.campaign $(ARGS)
 
 # Every way in which a job can fail, as a table: found after, steps lost, verdict.

@@ -185,6 +185,7 @@ class Capturing:
 
     def finish(self, step: int) -> None:
         """Capture the last step, copied at the boundary, unless there is nothing to capture since the last time."""
+        self._session.training_is_over()
         self.settle()
         if (step > self.captured_step or self._source_lost) and step > 0:
             with self._stalled(Phase.LEAVING):

@@ -34,6 +34,10 @@ class Rejoining:
         self._dialled_ns = 0
         self._channel: Channel | None = None
 
+    def hurry(self, wait_s: float) -> None:
+        """Look for `wait_s` more at most."""
+        self._wait_s = min(self._wait_s, (monotonic_ns() - self.lost_ns) / 1e9 + wait_s)
+
     def look(self, compose: Compose) -> Channel | None:
         """Dial, or see what the one who was dialled says; return the conversation with it once it has taken us over.
 

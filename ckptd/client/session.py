@@ -26,6 +26,8 @@ ADMIT_DEADLINE_S = 600.0
 CALL_DEADLINE_S = 60.0
 SEND_DEADLINE_S = 2.0
 LEAVE_DEADLINE_S = 300.0
+_LAST_WAIT_S = 15.0
+"""So long a rank that somebody else has started waits for an agent when it has finished: its process is theirs."""
 MAX_FILES = 64
 """How many descriptors an answer may carry."""
 _QUIET_NS = 5 * 10**8
@@ -80,6 +82,7 @@ class Session:
         self._place = ("", 0)
         self._incarnation = ""
         self._agent_wait_s = 0.0
+        self._leaving = False
         self._parent: Parent | None = None
         self._away: Rejoining | None = None
         self._untold: list[m.Message] = []
@@ -240,7 +243,12 @@ class Session:
             self._end_if_alone()
             return False
         self._away = Rejoining(self._path, self._agent_wait_s)
+        self._hurry()
         return True
+
+    def _hurry(self) -> None:
+        if self._leaving and self._parent is None and self._away is not None:
+            self._away.hurry(_LAST_WAIT_S)
 
     def _seek(self, away: Rejoining) -> None:
         try:
@@ -283,6 +291,11 @@ class Session:
         self.patient = False
         if self._parent is not None and self._away is None:
             self._parent.outlive()
+
+    def training_is_over(self) -> None:
+        """Note that only the last checkpoint is waited for now."""
+        self._leaving = True
+        self._hurry()
 
     @property
     def lost(self) -> bool:

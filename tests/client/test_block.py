@@ -201,7 +201,7 @@ def test_the_decorator_passes_arguments_and_result(agent: FakeAgent) -> None:
     assert (BOUND[0].rng, BOUND[0].membership.replicated, len(BOUND[0].images)) == (False, ("data",), 4)
     assert (train_it.__name__, train_it.__doc__) == ("train_it", "Train.")
     assert next(iter(inspect.signature(train_it).parameters)) == "run"
-    told = {"store": "/x", "every_s": 5.0, "resume_from": "/o/a", "resume_step": 2}
+    told = {"store": "/x", "every_s": 5.0, "hang": False, "resume_from": "/o/a", "resume_step": 2}
     assert agent.heard(m.Join)[0].options == told
     assert agent.wait_for(m.Leave) == m.Leave(3)
 

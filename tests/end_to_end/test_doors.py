@@ -139,7 +139,7 @@ def test_an_exception_is_reported_without_preload_too(light: World) -> None:
 
 
 def test_an_agent_that_is_gone_costs_protection_not_training(world: World) -> None:
-    """When its daemon dies, an attached training runs on to its end, says that it is unprotected, and exits with 0."""
+    """When its daemon dies for good, an attached training runs on to its end, waits a little, and exits with 0."""
     daemon = world.popen([sys.executable, "-m", "ckptd.daemon"])
     path = world.home / "ckptd.sock"
     until(path.exists, "the socket")

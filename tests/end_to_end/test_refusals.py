@@ -60,24 +60,32 @@ def test_argparse_refusals_have_the_same_exit_code(world: World) -> None:
     assert world.ctl("run", "--nproc", "two", "--", TRAIN).returncode == 2
 
 
-def test_an_exception_of_the_script_is_tried_three_times(world: World) -> None:
-    """The same exception at the same step three times ends the job as failed, its traceback in one place."""
+def test_an_exception_of_the_script_is_not_tried_for_ever(world: World) -> None:
+    """The same exception at the same step ends the job as failed: three times, and once more from an older checkpoint.
+
+    Its traceback stands in one place.
+    """
     run = world.run("train.py", 60, "--pause=0.01", "--raise-at=40")
     output = world.finish(run, code=10)
     words = output[output.index("The rank's traceback:") :]
     assert words.count("Traceback (most recent call last)") == 1
     assert re.search(r'File ".*/train.py", line \d+, in <module>', words)
     assert "launcher" not in words
-    assert "ckptctl: error: the same failure 3 times in a row at step 39: ValueError: no good at step 40" in words
+    assert (
+        "ckptctl: error: the same failure 4 times in a row at step 39: rank 1 raised ValueError: no good at step 40"
+        in words
+    )
     incidents = world.incidents("train")
-    assert [item["failed_step"] for item in incidents] == [39, 39, 39]
-    assert incidents[-1]["decision"].startswith("give up: the same failure 3 times")
+    assert [item["failed_step"] for item in incidents] == [39, 39, 39, 39]
+    restored = [item["restored"]["step"] for item in incidents[:-1]]
+    assert restored[2] < restored[1], "no step back"
+    assert incidents[-1]["decision"].startswith("give up: the same failure 4 times")
     assert incidents[0]["exception"]["type"] == "ValueError"
     status = world.json("status", "train")
-    assert (status["state"], status["restarts"]) == ("failed", 2)
+    assert (status["state"], status["restarts"]) == ("failed", 3)
     assert world.json("ls", "train")
     assert all(item["intact"] for item in world.json("verify", "train", "--all"))
-    shown = world.ctl("incidents", "train", "3").stdout
+    shown = world.ctl("incidents", "train", "4").stdout
     assert "rank" in shown
     assert "ValueError: no good at step 40" in shown
 

@@ -29,13 +29,13 @@ def test_a_killed_agents_upload_is_continued(light: World, s3_process: server.Se
     def begin():
         agent = world.popen([sys.executable, "-m", "ckptd.daemon"])
         until(lambda: "agent started" in world.output(agent), "an agent")
-        submitted = world.ctl("submit", "job.toml")
-        assert submitted.returncode == 0, submitted.stderr
         return agent
 
     try:
         slow = proxy.add(Drip(5 * 2**20), "part")
         agent = begin()
+        submitted = world.ctl("submit", "job.toml")
+        assert submitted.returncode == 0, submitted.stderr
         until(lambda: proxy.counts()["part"] >= 5 + IN_FLIGHT, "five parts")
         agent.kill()
         agent.wait()

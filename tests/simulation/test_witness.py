@@ -112,9 +112,9 @@ def count_damage_as_failure(patch):
     decide = Recovery.decide
     policy = dataclasses.replace(PATIENT, max_restarts=0)
 
-    def broken(recovery, now_s, *, damaged):
+    def broken(recovery, now_s, *, older, damaged):
         recovery.policy = policy if damaged else PATIENT
-        return decide(recovery, now_s)
+        return decide(recovery, now_s, older=older)
 
     patch.setattr(Recovery, "decide", broken)
 

@@ -79,8 +79,8 @@ def test_an_exception_of_the_script_is_not_tried_for_ever(world: World) -> None:
     tries = len(incidents)  # a third time, and once more if there was an older checkpoint to begin with
     assert [item["failed_step"] for item in incidents] == [39] * tries
     assert tries in (3, 4)
-    said = f"ckptctl: error: the same failure {tries} times in a row at step 39: rank 1 raised ValueError: no good at"
-    assert said in words
+    said = rf"ckptctl: error: the same failure {tries} times in a row at step 39: rank [01] raised ValueError: no good"
+    assert re.search(said, words)
     assert incidents[-1]["decision"].startswith(f"give up: the same failure {tries} times")
     assert incidents[0]["exception"]["type"] == "ValueError"
     status = world.json("status", "train")

@@ -21,6 +21,8 @@ from ckptd_plugins.storage_s3.options import Place, S3Options
 from ckptd_plugins.storage_s3.parts import sha256_of
 from ckptd_plugins.storage_s3.upload import Requests, Uploads
 
+_CREATED_WHOLE_BYTES = 64 * 2**20
+"""Far more than a manifest has; claims and manifests are all that is ever created like this."""
 _MARK = "ckptd-put"
 """The metadata by which a create-only put knows its own object."""
 
@@ -33,8 +35,15 @@ class Puts:
         self._uploads = Uploads(client, place, options)
 
     def put(self, key: str, data: Stream, pace: Pace | None, *, create_only: bool) -> None:
-        """Send an object: in one request, or in parts when it is larger than one."""
-        small = data.size_bytes <= self._options.part_bytes
+        """Send an object: in one request, or in parts when it is larger than one.
+
+        What must not overwrite goes in one request as far as that can be. There are servers (SeaweedFS 4.48) that
+        decide for one winner among such requests, and let several win that complete an upload at the same moment.
+        """
+        if create_only and data.size_bytes > self._options.part_bytes and self._exists(key):
+            raise FencedError(f"{self._place.show(key)} exists already")  # the server says so when all is sent
+        whole_bytes = max(self._options.part_bytes, _CREATED_WHOLE_BYTES) if create_only else self._options.part_bytes
+        small = data.size_bytes <= whole_bytes
         try:
             (self._put_small if small else self._put_large)(key, data, pace, create_only=create_only)
         except ConflictError as error:
@@ -71,8 +80,6 @@ class Puts:
             raise StoreError(f"can't put {self._place.show(key)}: the server has other bytes than were sent")
 
     def _put_large(self, key: str, data: Stream, pace: Pace | None, *, create_only: bool) -> None:
-        if create_only and self._exists(key):  # the server decides when all is sent, but then all is sent
-            raise FencedError(f"{self._place.show(key)} exists already")
         try:
             self._uploads.put(key, data, pace, create_only=create_only)
         except FencedError:

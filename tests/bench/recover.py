@@ -118,6 +118,11 @@ class Job:
             return any(line.get("event") == "checkpoint committed" and line["step"] > step for line in self.log())
         return any(item["what"] == "saved" and item["step"] > step for item in self.events())
 
+    def settled(self) -> bool:
+        """Whether the launcher has imported what the ranks needed beyond its list: some seconds, once in a run."""
+        learns = self.contender.script == "ckptd" and self.contender.needs
+        return not learns or any(line.get("event") == "launcher learned" for line in self.log())
+
     def until(self, holds: Any, what: str, patience_s: float = _PATIENCE_S) -> bool:
         """Wait; raises `RuntimeError` when the contender ends meanwhile, returns False after `patience_s`."""
         end_s = time.monotonic() + patience_s
@@ -148,6 +153,8 @@ class Job:
 
 def kill_once(job: Job, rank: int, chance: random.Random) -> dict[str, Any]:
     """Kill a rank some steps after a checkpoint, and return how the job came back."""
+    if not job.until(job.settled, "its launcher has learned"):
+        raise RuntimeError(f"the launcher of {job.contender.name} has learned nothing in {_PATIENCE_S:g} s")
     newest = max((item["step"] for item in job.events() if item["what"] == "step"), default=0)
     if not job.until(lambda: job.checkpoint_after(newest), "its first checkpoint"):
         raise RuntimeError(f"{job.contender.name} has no checkpoint after {_PATIENCE_S:g} s")

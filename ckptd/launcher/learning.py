@@ -26,7 +26,7 @@ from ckptd.launcher.stdio import flush_streams
 
 _MAX_TRIALS = 8
 """How often what is left is tried again without a module that proved unfit."""
-_NICENESS = 10
+NICENESS = 10
 """A trial takes its time beside training, not from it."""
 _PIPE_BYTES = 65536
 _ALL = "*"
@@ -111,7 +111,7 @@ def _try_in_child(names: Sequence[str], folder: str) -> int:
             die_with(parent_pid)
             close_descriptors(but=writer)
             signal.set_wakeup_fd(-1)
-            os.nice(_NICENESS)
+            os.nice(NICENESS)
             _try(names, folder, writer)
         finally:
             os._exit(0)

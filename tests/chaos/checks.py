@@ -110,14 +110,18 @@ class Checks:
     def _nothing_left_over(self) -> None:
         """Look at processes, /dev/shm and the agent's descriptors, once what is under way is over."""
         job = self._job
-        expected = {job.daemon.pid, *job.pids()}
 
         def clean() -> bool:
             # The launcher is the only process beside the agent and the ranks, but for its trial of what to preload.
             there = [process for process in job.world.processes() if not _is_trial(process)]
+            expected = {job.daemon.pid, *job.pids()}  # anew: the second of two faults may have ended the last ones
             return len(there) == RANKS + 2 and expected <= {process.pid for process in there}
 
-        until(clean, f"nothing but agent, launcher and ranks; {[p.cmdline() for p in job.world.processes()]}", 20)
+        try:
+            until(clean, "nothing but agent, launcher and ranks", 20)
+        except AssertionError as error:
+            there = [(process.pid, process.cmdline()) for process in job.world.processes()]
+            raise AssertionError(f"{error}: ranks {job.pids()}, there are {there}") from None
         self.nothing_left()
         most = self._descriptors + _DESCRIPTORS
         until(lambda: len(os.listdir(f"/proc/{job.daemon.pid}/fd")) <= most, "no more descriptors than before", 20)

@@ -139,6 +139,9 @@ class JobMachine(Adopting, Numbering, Gating):
         self._gone_with_agent = None  # its steps are done again
         offer = self._offer
         self.offers.began_with(offer)
+        last = self.keeper.last_committed
+        if offer is not None and last is not None and last.id > offer.id:  # it is left behind
+            self.keeper.last_committed = next(iter(self.offers.stored), None)
         self._last_generation = event.generation
         self.generation = Generation(event.generation, self.spec.world_size, offer, now.s)
         self.keeper.begin(event.generation, self.generation.parent, now.s)

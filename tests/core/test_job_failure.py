@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ckptd.core import events as e
+from ckptd.core.restore import Source
 from ckptd.errors import StateError
 from ckptd.types import Evidence
-from tests.core.script import Script, killed, raised
+from tests.core.script import TIER, Script, cid, killed, raised
 
 
 def launcher_end():
@@ -294,3 +295,14 @@ def test_an_operator_ends_a_delay(job):
     assert job.all_die()[-1] == "log restart delayed"
     job.feed(e.RestartWanted())
     assert job.wait(0.05) == ["claim 4 after None"]
+
+
+def test_what_a_step_back_leaves_is_not_the_last_commit_any_more(captured):
+    """Proves that status names the newest checkpoint of the lineage, and not a newer one that nobody begins with."""
+    captured.capture(20, 1)
+    captured.committed("g1/s20")
+    captured.feed(e.RestartWanted(10))
+    captured.all_die()
+    captured.fetched("g1/s10")
+    captured.claimed(2)
+    assert captured.machine.keeper.last_committed == Source(cid("g1/s10"), TIER)

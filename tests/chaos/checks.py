@@ -71,13 +71,17 @@ class Checks:
 
     def after(self) -> None:
         """Wait until the job trains again, and hold it against what was before."""
+        job = self._job
+        try:
+            self._hold()
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {job.status()}; {job.incidents()[-2:]}; {job.log()[-6000:]}") from None
+
+    def _hold(self) -> None:
         job, before = self._job, self._before
         fails = [at for kind, at in self._done if kind in _FAIL]
         if fails:
-            try:
-                until(lambda: self._recovered(fails[-1]), "the recovery")
-            except AssertionError as error:
-                raise AssertionError(f"{error}; {job.status()}; {job.incidents()[-2:]}; {job.log()[-6000:]}") from None
+            until(lambda: self._recovered(fails[-1]), "the recovery")
         after = job.until_training()
         incidents = job.incidents()[self._known :]
         # The generation only grows, and without a failure it is the same, with the same processes.

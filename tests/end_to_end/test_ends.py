@@ -115,7 +115,7 @@ def switch(light: World) -> Path:
 
 def test_a_restart_waits_for_its_node(light: World, switch: Path) -> None:
     """A rank dies on a node that is not fit: the job waits with the reason in status and log, and goes on by itself."""
-    run = light.run("ends.py", "--how", "none", "--at", 10**6, "--steps", 200)
+    run = light.run("ends.py", "--how", "none", "--at", 10**6, "--steps", 10**6)
     light.until_training("ends", 10, committed=True)
     switch.write_text("the fans are off")
     light.kill_rank("ends", 0)
@@ -125,7 +125,9 @@ def test_a_restart_waits_for_its_node(light: World, switch: Path) -> None:
     shown = light.ctl("status", "ends").stdout
     assert reason in shown
     switch.unlink()
-    output = light.finish(run)
+    light.until_training("ends", 10, generation=2)
+    assert light.ctl("stop", "ends").returncode == 0
+    output = light.finish(run, 75)
     lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert [line["reasons"] for line in lines if line["event"] == "node not ready"] == [["switch: the fans are off"]]
     assert any(line["event"] == "node ready" for line in lines)

@@ -150,6 +150,10 @@ class Health:
         joined = min([first, *(item[0] for item in touching)]), max([last, *(item[1] for item in touching)])
         self.skipped = sorted([*apart, joined])[-_RANGES_KEPT:]
 
+    def was_skipped(self, step: int) -> bool:
+        """Tell whether a step was to be skipped."""
+        return any(first <= step <= last for first, last in self.skipped)
+
     def skipped_after(self, step: int) -> list[tuple[int, int]]:
         """Return what of the skipped ranges is still to come after a step."""
         return [(max(first, step + 1), last) for first, last in self.skipped if last > step]

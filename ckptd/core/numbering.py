@@ -1,7 +1,9 @@
 """What ranks report of their steps: checkpoints get a name for it, and a job may step back from a bad number.
 
 With the policy "warn" a bad number is said, and marks checkpoints (`core.health`). With "step_back" it is a failure as
-well: the job begins again with the newest healthy checkpoint, and its script is told which steps to skip.
+well: the job begins again with the newest healthy checkpoint, and its script is told which steps to skip. A spike that
+comes again though its step was to be skipped is trained through: nothing would come of stepping back for it once more,
+and training may well recover from it, as it can't from NaN.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from ckptd.core.generation import Generation
 from ckptd.core.job_spec import JobSpec, Now
 from ckptd.core.job_states import JobState
 from ckptd.core.number_events import Marked, Report, Reported
-from ckptd.core.policy.numbers import NAN, Finding, judge
+from ckptd.core.policy.numbers import NAN, SPIKE, Finding, judge
 from ckptd.core.restore import MEMORY, Source
 from ckptd.core.watching import Watching
 from ckptd.errors import JobFailedError
@@ -55,6 +57,8 @@ class Numbering(Watching):
             rank: deque((item for item in window if item.step < generation.first_step), window.maxlen)
             for rank, window in self._windows.items()
         }
+        if self._trouble is not None:
+            self.warnings.clear(self._trouble.finding.kind, self._trouble.rank)
         self._heard, self._trouble, self._said_missed, self._begun = {}, None, False, generation.number
 
     # --- reports ----------------------------------------------------------------------------------------------
@@ -82,12 +86,13 @@ class Numbering(Watching):
         if finding is None:
             window.append(report)
             return health.good(report.step)
-        fresh = health.first_bad is None
-        if not health.bad(report.step):
+        before = self._trouble
+        fresh = health.first_bad is None or (before is not None and finding.kind == NAN and self._endured(before))
+        if not health.bad(report.step) and not fresh:
             return False
-        if self._trouble is not None and fresh:
-            self.warnings.clear(self._trouble.finding.kind, self._trouble.rank)
-        found_s = now.s if self._trouble is None or fresh else self._trouble.found_s
+        if before is not None and fresh:
+            self.warnings.clear(before.finding.kind, before.rank)
+        found_s = now.s if before is None or fresh else before.found_s
         self._trouble = _Trouble(rank, report.step, finding, found_s)
         return True
 
@@ -117,16 +122,21 @@ class Numbering(Watching):
             "step": trouble.step,
             "reason": trouble.finding.summary,
             "suspect_since": self.keeper.health.since,
-            "policy": self.spec.numbers.policy,
+            "policy": "warn" if self._endured(trouble) else self.spec.numbers.policy,
         }
         return [Log("numbers suspect", fields, level="warning")]
 
     def _summary(self, trouble: _Trouble) -> str:
         since = self.keeper.health.since
         last = f"step {since} was the last healthy one" if since else "no step was healthy before it"
-        return f"rank {trouble.rank} reported {trouble.finding.summary} at step {trouble.step}; {last}"
+        again = "; it came again after a step back, so training goes on" if self._endured(trouble) else ""
+        return f"rank {trouble.rank} reported {trouble.finding.summary} at step {trouble.step}; {last}{again}"
 
     # --- stepping back ----------------------------------------------------------------------------------------
+
+    def _endured(self, trouble: _Trouble) -> bool:
+        """Tell whether a bad number is a spike that the job has stepped back from before."""
+        return trouble.finding.kind == SPIKE and self.keeper.health.was_skipped(trouble.step)
 
     def _watch(self, now: Now) -> list[Effect]:
         return super()._watch(now) + self._settle(now)
@@ -136,6 +146,8 @@ class Numbering(Watching):
         trouble, generation = self._trouble, self.generation
         acts = self.spec.numbers.steps_back and self.state in (*LIVE, JobState.STOPPING)
         if trouble is None or generation is None or generation.number != self._begun or not acts:
+            return []
+        if self._condemned != generation.number and self._endured(trouble):
             return []
         if self.state is JobState.STOPPING:
             return self._stop_at_once(generation, now)

@@ -190,6 +190,23 @@ def test_the_same_nan_again_steps_back_further_and_then_gives_up():
     assert "nan" in job.effects[-1].error.message or "the same failure" in job.effects[-1].error.message
 
 
+def test_a_spike_that_comes_again_is_trained_through():
+    """Proves that a job which can't skip a spike is not ended by it, however often, but by a NaN that follows it."""
+    job = trained(STEP_BACK, 24, 30, upto=31)
+    assert "kill 9" in reports(job, 32, value=9.0)
+    job.all_die()
+    job.fetched("g1/s24")
+    job.up_to_training(2, first_step=25, restores=True)
+    reports(job, *range(25, 32))
+    assert reports(job, 32, value=9.0) == ["log numbers suspect"]
+    (warned,) = job.machine.warnings
+    assert warned.summary.endswith("; it came again after a step back, so training goes on")
+    assert reports(job, 33, value=9.0) == []
+    assert job.state == "running"
+    assert "kill 9" in reports(job, 34, value=math.nan)
+    assert job.incidents[2].kind == "nan"
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_retention_keeps_the_newest_healthy_one(keep):
     """Proves that the newest healthy checkpoint stays while newer ones come, whatever the rules say."""

@@ -27,6 +27,7 @@ from ckptd.cli import (
     verify,
 )
 from ckptd.errors import CkptdError, ConfigError
+from ckptd.process_end import end_without_waiting
 from ckptd.version import __version__
 
 _VERBS = (
@@ -45,6 +46,10 @@ Environment: CKPTD_HOME (state, default ~/.local/state/ckptd), CKPTD_SOCKET, CKP
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code."""
+    return end_without_waiting(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     options, unknown = parser.parse_known_args(given[: given.index("--")] if "--" in given else given)

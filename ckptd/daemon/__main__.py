@@ -24,6 +24,7 @@ from ckptd.daemon.notify import Watchdog, notify, watchdog_s
 from ckptd.daemon.supervisor import Supervisor
 from ckptd.errors import CkptdError
 from ckptd.log import get_logger, set_up
+from ckptd.process_end import end_without_waiting
 from ckptd.version import __version__
 
 _IDLE_POLL_S = 0.1
@@ -57,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ckptd: error: {error.message}", file=sys.stderr)  # noqa: T201 - the one line for people
         if error.hint:
             print(f"  hint: {error.hint}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
-    return 0
+        return end_without_waiting(error.exit_code)
+    return end_without_waiting(0)
 
 
 async def _embedded(config: AgentConfig) -> None:

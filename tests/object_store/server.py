@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from pathlib import Path
 import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+
+from tests.waiting import until
 
 ACCESS_KEY, SECRET_KEY = "ckptd-tests", "not-a-secret-of-anybody"
 REGION = "us-east-1"
@@ -71,6 +74,16 @@ class Server:
         name = f"bucket-{os.urandom(6).hex()}"
         self.client().create_bucket(Bucket=name)
         return name
+
+    def stand_still(self) -> None:
+        """Stop the process, and wait until all its threads have stopped; `go_on` ends that."""
+        self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        until(lambda: all(") T " in item.read_text() for item in tasks.glob("*/stat")), "the stop of the server")
+
+    def go_on(self) -> None:
+        """Let a process that was stopped run again."""
+        self.process.send_signal(signal.SIGCONT)
 
     def leave_upload(self, url: str, key: str) -> None:
         """Leave behind what a put below an ``s3://`` URL leaves that was killed after its first part."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -88,7 +87,7 @@ def test_a_hung_server_is_an_error_in_time(place: Place, s3_server: s3.Server) -
     """A server that has stopped answering is a retryable error within the time a request may stand still."""
     tier = opened(place, timeout=1)
     tier.put("a", b"1")
-    s3_server.process.send_signal(signal.SIGSTOP)
+    s3_server.stand_still()
     try:
         for call in (lambda: tier.put("a", b"2"), lambda: tier.get("a"), lambda: list(tier.list(""))):
             begin_s = time.monotonic()
@@ -97,7 +96,7 @@ def test_a_hung_server_is_an_error_in_time(place: Place, s3_server: s3.Server) -
             assert caught.value.retryable
             assert time.monotonic() - begin_s < 8
     finally:
-        s3_server.process.send_signal(signal.SIGCONT)
+        s3_server.go_on()
     tier.put("b", b"3")  # another key: what timed out may still arrive
     assert tier.get("b") == b"3"
 

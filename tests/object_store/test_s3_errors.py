@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import threading
 import time
 import traceback
@@ -140,7 +138,7 @@ def test_a_stopped_server_is_an_error_in_time(open_tier: Callable[..., Tier], s3
     """While the server stands still every call ends by its timeout as something that passes, and then it does."""
     tier, patient = open_tier(timeout=1, connect_timeout=1), open_tier()
     patient.put("x", LARGE)
-    os.kill(s3_server.process.pid, signal.SIGSTOP)
+    s3_server.stand_still()
     try:
         for name, call in everything(tier).items():
             begun_s = time.monotonic()
@@ -150,7 +148,7 @@ def test_a_stopped_server_is_an_error_in_time(open_tier: Callable[..., Tier], s3
             assert caught.value.retryable
             assert tier.url in caught.value.message
     finally:
-        os.kill(s3_server.process.pid, signal.SIGCONT)
+        s3_server.go_on()
     patient.put("y", LARGE)
     assert patient.get("y") == LARGE
 
@@ -163,14 +161,14 @@ def test_a_server_that_stops_in_the_middle(open_tier: Callable[..., Tier], s3_se
     def stop(size_bytes: int) -> None:
         stopped.append(size_bytes)
         if len(stopped) == 2:
-            os.kill(s3_server.process.pid, signal.SIGSTOP)
+            s3_server.stand_still()
 
     begun_s = time.monotonic()
     try:
         with pytest.raises(StoreError, match="part 2 of"):
             tier.put("x", LARGE, pace=stop)
     finally:
-        os.kill(s3_server.process.pid, signal.SIGCONT)
+        s3_server.go_on()
     assert time.monotonic() - begun_s < 20
     asked: list[int] = []
     tier.put("x", LARGE, pace=asked.append)
@@ -198,7 +196,7 @@ def test_close_ends_what_waits(open_tier: Callable[..., Tier], s3_server: Server
         except CkptdError as error:
             raised.append(error)
 
-    os.kill(s3_server.process.pid, signal.SIGSTOP)
+    s3_server.stand_still()
     try:
         thread = threading.Thread(target=call)
         thread.start()
@@ -206,7 +204,7 @@ def test_close_ends_what_waits(open_tier: Callable[..., Tier], s3_server: Server
         tier.close()
         thread.join(5)
     finally:
-        os.kill(s3_server.process.pid, signal.SIGCONT)
+        s3_server.go_on()
     assert isinstance(raised[0], StoreError)
     with pytest.raises(StoreError, match="is closed"):
         tier.get("x")

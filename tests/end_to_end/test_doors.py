@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import stat
 import sys
@@ -45,22 +46,26 @@ def test_a_final_checkpoint_is_there_when_the_block_ends(world: World) -> None:
     assert json.loads(manifest.read_text())["world_size"] == 1
 
 
-def test_torchrun_restarts_and_ckptd_restores(world: World) -> None:
-    """Ranks of torchrun attach to an embedded agent; after a kill torchrun starts them anew and ckptd restores."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    options = ["100", "--pause=0.01", "--job=attached", f"--store={world.store}", "--every=200ms"]
+def test_ranks_of_torchrun(world: World) -> None:
+    """A killed rank, one that hangs, and a NaN: each time torchrun starts its ranks anew, and they are restored."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    bounds = ["--hang=floor=2s,ceiling=30s,first=60s", "--numbers=step_back"]
+    script = [str(SCRIPTS / "goes_bad.py"), "520", "--bad=500", "--job=attached", f"--store={world.store}", *bounds]
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # without it torchrun's own restart may stall
-    run = world.popen([*torchrun, "--monitor-interval=0.05", TRAIN, *options], **env)
+    run = world.popen([*torchrun, "--monitor-interval=0.05", *script], **env)
     world.env["CKPTD_SOCKET"] = str(world.home / "ckptd.sock")
-    now = world.until_training("attached", 30, committed=True)
-    assert now["state"] == "running"
-    os.kill(now["ranks"][1]["pid"], signal.SIGKILL)
+    world.until_training("attached", 30, committed=True)
+    world.kill_rank("attached", 1)
+    world.until_training("attached", 40, committed=True, generation=2)
+    world.kill_rank("attached", 1, signal.SIGSTOP)
     output = world.finish(run)
-    assert "restored (" in output
-    assert world.tensors("attached")[0] == 100
+    lives = re.findall(r"generation (\d) restored \d", output)
+    assert sorted(lives) == ["2", "2", "3", "3", "4", "4"]
+    assert output.count("skip 500 to 500") == 2
+    assert world.tensors("attached")[0] == 520
     assert all(item["intact"] for item in world.json("verify", "attached", "--all"))
-    (incident,) = world.incidents("attached")
-    assert incident["rank"] == 1
+    incidents = [(item["kind"], item["rank"]) for item in world.incidents("attached")]
+    assert incidents == [("signal", 1), ("stopped", 1), ("nan", 0)]
     world.until_empty(patience_s=20)
 
 
@@ -121,14 +126,14 @@ def test_a_command_that_is_not_python(world: World) -> None:
     assert "[1] rank 1 port set" in output
 
 
-def test_without_preload_the_same_training_ends_the_same(world: World) -> None:
+def test_without_preload_the_same_training_ends_the_same(light: World) -> None:
     """`--no-preload` and the forking launcher give the same tensors, through a kill."""
-    world.finish(world.run("train.py", 80, options=("--name", "forked")))
-    run = world.run("train.py", 80, "--pause=0.02", options=("--name", "executed", "--no-preload"))
-    world.until_training("executed", 20, committed=True)
-    world.kill_rank("executed", 1)
-    world.finish(run)
-    assert world.tensors("executed") == world.tensors("forked")
+    light.finish(light.run(LIGHT, 200, 0, options=("--name", "forked")))
+    run = light.run(LIGHT, 200, 0.02, options=("--name", "executed", "--no-preload"))
+    light.until_training("executed", 20, committed=True)
+    light.kill_rank("executed", 1)
+    light.finish(run)
+    assert light.tensors("executed") == light.tensors("forked")
 
 
 def test_an_exception_is_reported_without_preload_too(light: World) -> None:

@@ -119,24 +119,6 @@ def test_turned_off(light: World) -> None:
     light.finish(run, code=75)
 
 
-def test_an_attached_rank_that_hangs(world: World) -> None:
-    """Ranks of torchrun that hang are killed by ckptd, torchrun starts them anew, and they restore."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    script = [str(SCRIPTS / "train.py"), "100", "--pause=0.01", "--job=attached", f"--store={world.store}"]
-    hang = ["--every=200ms", "--hang=floor=2s,ceiling=30s,first=60s"]
-    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # without it torchrun's own restart may stall
-    run = world.popen([*torchrun, "--monitor-interval=0.05", *script, *hang], **env)
-    world.env["CKPTD_SOCKET"] = str(world.home / "ckptd.sock")
-    now = world.until_training("attached", 30, committed=True)
-    os.kill(now["ranks"][1]["pid"], signal.SIGSTOP)
-    output = world.finish(run)
-    assert "restored (" in output
-    assert world.tensors("attached")[0] == 100
-    incident = incident_of(world, "attached")
-    assert (incident["kind"], incident["rank"]) == ("stopped", 1)
-    world.until_empty(patience_s=20)
-
-
 def test_survivors_of_an_attached_job(light: World) -> None:
     """Where no launcher ends the survivor of a dead rank, ckptd does."""
     env = {"CKPTD_SOCKET": str(light.home / "ckptd.sock"), "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}

@@ -1,6 +1,7 @@
 """A small DDP training whose loss goes bad, and that skips what it is told to skip.
 
-goes_bad.py STEPS [--pause S] [--bad STEP --kind nan|spike --rank R] [--skip FIRST-LAST] [--deaf] [--numbers P]
+goes_bad.py STEPS [--pause S] [--bad STEP --kind nan|spike --rank R] [--skip FIRST-LAST] [--deaf]
+    [--numbers P] [--hang P]
 """
 
 import argparse
@@ -24,6 +25,7 @@ parser.add_argument("--rank", type=int, default=0)
 parser.add_argument("--skip", default="", help="steps to skip from the beginning, as if they had been found bad")
 parser.add_argument("--deaf", action="store_true", help="skip nothing that ckptd says")
 parser.add_argument("--numbers", help="what to attach with")
+parser.add_argument("--hang", help="what to attach with")
 parser.add_argument("--job")
 parser.add_argument("--store")
 args = parser.parse_args()
@@ -59,7 +61,7 @@ def batch(step: int) -> torch.Tensor:
     return x
 
 
-options = {key: value for key in ("job", "store", "numbers") if (value := getattr(args, key))}
+options = {key: value for key in ("job", "store", "numbers", "hang") if (value := getattr(args, key))}
 if "store" in options:
     options["every"] = "200ms"
 with ckptd.attach(model=net, optimizer=optimizer, skip_data=None if args.deaf else skip, **options) as run:

@@ -176,7 +176,7 @@ class JobConfig:
     def from_json(cls, data: Mapping[str, Any]) -> JobConfig:
         """Rebuild what `to_json` wrote; raises `ConfigError` that names the field that does not fit."""
         for key, value in data.items():
-            _require(key in _SHAPES, f"a job has no setting {key!r}", f"known are {', '.join(_SHAPES)}")
+            _require(key in _SHAPES, f"a job has no setting {key!r}", f"known are {_keys()}")
             shape, fits = _SHAPES[key]
             _require(fits(value), f"{key} must be {shape}, not {value!r}", _EXAMPLE)
         for key in ("name", "command", "store"):
@@ -246,6 +246,11 @@ def absolute_job(config: JobConfig, folder: Path) -> JobConfig:
 def parse_rate(text: str, what: str) -> int:
     """Return the bytes per second of "500MB/s" or "500MB"; raises `ConfigError` that names `what`."""
     return parse_size(text.strip().removesuffix("/s"), what)
+
+
+def _keys() -> str:
+    """Return the keys of a job file; what is kept in seconds or bytes is written without that."""
+    return ", ".join(key.removesuffix("_bytes_per_s").removesuffix("_s") for key in _SHAPES)
 
 
 def _require(holds: bool, message: str, hint: str) -> None:

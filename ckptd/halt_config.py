@@ -15,6 +15,7 @@ _EXAMPLE = (
     'write [halt] with any of grace = "90s", time_limit = "3h50m", margin = "30s", after_step = 1000, '
     'at = "2026-12-01T06:00", ends_at, preempt_notice = "file:/run/preempted"'
 )
+_NOTICE_EXAMPLE = "name file:PATH, or a command that ends with 0 once the machine is to be taken away"
 NOTICE_FILE = "file:"
 
 
@@ -45,7 +46,9 @@ class HaltConfig:
         _require(0 <= self.margin_s < math.inf, f"margin is {self.margin_s} s", 'write it like "10s"; "0" for none')
         _require(self.after_step is None or self.after_step >= 1, f"after_step is {self.after_step}", "from 1 on")
         notice = self.preempt_notice
-        _require(notice is None or bool(notice.removeprefix(NOTICE_FILE).strip()), "preempt_notice is empty", _EXAMPLE)
+        _require(
+            notice is None or bool(notice.removeprefix(NOTICE_FILE).strip()), "preempt_notice is empty", _NOTICE_EXAMPLE
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that crosses the socket and stands in the journal."""
@@ -83,7 +86,7 @@ def _read(key: str, item: object) -> object:
         case "margin":
             return 0.0 if item in (0, "0") else _seconds(item, key)
         case "at" | "ends_at":
-            return read_moment(item, key)
+            return read_moment(item, f"halt.{key}")
         case "after_step":
             _require(isinstance(item, int) and not isinstance(item, bool), f"after_step is {item!r}", _EXAMPLE)
             return item

@@ -53,6 +53,8 @@ class Life:
     """How much memory one slot of every rank takes together."""
     left: str = ""
     """How far the job was when its agent began to end together with it; "" while it does not."""
+    stopped: bool = False
+    """Whether somebody has ended the job itself: whoever goes on with it does so to its end only."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that stands in the journal."""

@@ -50,6 +50,7 @@ EVENTS = frozenset({
     "launcher lost",
     "launcher missing",
     "launcher ready",
+    "launcher refused",
     "launcher returned",
     "leaving",
     "manifest damaged",

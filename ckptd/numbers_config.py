@@ -11,7 +11,10 @@ from ckptd.core.policy.numbers import NumbersPolicy
 from ckptd.errors import ConfigError
 
 POLICIES = ("warn", "step_back", "off")
-_EXAMPLE = 'numbers = {policy = "step_back", metric = "loss", window = 128, zscore = 10, healthy = 3}, any of them'
+_EXAMPLE = (
+    'write "warn", "step_back" or "off", and any of ",metric=loss,window=128,zscore=10,healthy=3"; '
+    'or, in a job file, numbers = {policy = "step_back", window = 128}'
+)
 _MAX_WINDOW = 10_000
 _MAX_HEALTHY = 10_000
 
@@ -41,7 +44,7 @@ def _pairs(text: str) -> dict[str, str]:
     table: dict[str, str] = {}
     for number, item in enumerate(text.split(",")):
         key, equals, value = (part.strip() for part in item.partition("="))
-        _require(bool(equals) or number == 0, f"{text!r} is not understood")
+        _require(bool(equals) or number == 0, f"numbers {text!r} is not understood")
         table |= {key: value} if equals else {"policy": key}
     return table
 

@@ -10,7 +10,9 @@ from typing import Any
 from ckptd.errors import ConfigError
 from ckptd.units import parse_duration
 
-_HANG_EXAMPLE = 'write hang = {floor = "5s", ceiling = "10m", first = "10m"}, any of them, or hang = false'
+_HANG_EXAMPLE = (
+    'write "floor=5s,ceiling=10m,first=10m", any of them, or off; in a job file hang = {floor = "5s"}, or hang = false'
+)
 _STRAGGLER_EXAMPLE = "write straggler = {factor = 1.5, restart = false}"
 
 
@@ -76,7 +78,7 @@ def read_straggler(value: object) -> StragglerConfig:
 
 def _pairs(text: str, example: str) -> dict[str, str]:
     pairs = [item.partition("=") for item in text.split(",")]
-    _require(all(equals for _, equals, _ in pairs), f"{text!r} is not understood", example)
+    _require(all(equals for _, equals, _ in pairs), f"hang {text!r} is not understood", example)
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 

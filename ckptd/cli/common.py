@@ -27,6 +27,9 @@ _CALL_DEADLINE_S = 10.0
 LONG_CALL_DEADLINE_S = 3600.0
 _MOST_DIGITS = 18
 _SHOWN_CHARACTERS = 40
+COMES_BACK = "it comes back by itself when the service starts: systemctl start ckptd"
+TERMINAL = ("finished", "failed", "stopped")
+"""The states of a job that has ended."""
 _LONG_S = 1.0
 """A pause that people notice."""
 
@@ -51,7 +54,7 @@ def find_job(name: str, store: str | None, tier: str | None = None) -> list[JobP
     if "/" in name and store is None:
         store, name = split_place(name)
     if store is None:
-        chosen = JobConfig.from_json(known_job(name).config).stores
+        chosen = JobConfig.from_json(known_job(name, "; or name its --store").config).stores
     else:
         chosen = absolute_stores((StoreConfig(store),), Path.cwd())
     manager = open_plugins()
@@ -82,13 +85,13 @@ def open_plugins() -> PluginManager:
     return PluginManager(lambda *_: None, AgentConfig.from_environ(os.environ).blocked_plugins)
 
 
-def known_job(name: str) -> JobEntry:
-    """Return the journal's entry of a job; raises `NotFoundError` that lists what there is."""
+def known_job(name: str, advice: str = "") -> JobEntry:
+    """Return the journal's entry of a job; raises `NotFoundError` that lists what there is, with further `advice`."""
     journal = open_journal()
     entry = journal.read_job(name)
     if entry is None:
         known = ", ".join(item.job for item in journal.read_jobs()[:10]) or "none yet"
-        raise NotFoundError(f"there is no job {name}", hint=f"jobs known here: {known}; or name its --store")
+        raise NotFoundError(f"there is no job {name}", hint=f"jobs known here: {known}{advice}")
     return entry
 
 
@@ -200,9 +203,14 @@ def ask_owner(name: str, message: Message, deadline_s: float = _CALL_DEADLINE_S)
     """Send a request to the agent that runs a job."""
     entry = known_job(name)
     if not Path(entry.agent_socket).exists():
+        state = entry.status["state"]
+        if state in TERMINAL:
+            raise AgentError(f"job {name} is not running: it is {state}", hint=f"see `ckptctl status {name}`")
         raise AgentError(
             f"job {name} is not running: its agent (pid {entry.agent_pid}) is gone",
-            hint="run the same command again: it goes on from the newest checkpoint",
+            hint=COMES_BACK
+            if entry.life.comes_back
+            else "run the same command again: it goes on from the newest checkpoint",
         )
     return ask(entry.agent_socket, message, deadline_s)
 

@@ -1,6 +1,6 @@
 """One incident in words, for somebody who was woken by it: what, why, what it cost and where to look. Pure, and short.
 
-Whatever an incident holds, these are fewer than 20 lines of at most 110 columns, but for a path, which stays whole.
+Whatever an incident holds, these are fewer than 20 lines of at most `width` columns, but for a path, which stays whole.
 """
 
 from __future__ import annotations
@@ -13,10 +13,16 @@ from typing import Any
 from ckptd.cli.common import when
 from ckptd.units import show_duration
 
-_WIDTH = 110
+WIDTH = 110
+"""How wide lines are where nobody says how much room there is."""
 _LABEL = 10
+_MOST_LINES = 19
+_NOTHING_S = 5e-5
+"""What is shorter shows as 0.0 ms, and is not worth saying."""
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+)(?:, in (?P<name>.+))?$')
-_LIBRARY = re.compile(r"/(?:site|dist)-packages/|/lib(?:64)?/python\d|^<")
+_LIBRARY = re.compile(
+    r"/(?:site|dist)-packages/|/lib(?:64)?/python\d|^<|/ckptd_integrations/|/ckptd/(?:client|launcher)/"
+)
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _ONE_RANK = re.compile(r"^(?P<before>.*?)\brank (?P<rank>\d+)(?P<after>.*)$")
 _PHASES = {
@@ -24,23 +30,32 @@ _PHASES = {
     "restore": "restored", "first_step": "first step",
 }  # fmt: skip
 """What the phases of `seconds` are called here, in their order."""
+_SHORT = ("raised", "stderr")
+"""What has one line for each of its own, however much room there is."""
+_Field = tuple[str, Sequence[str], int]
+"""A label, its texts, and the lines that it has at least."""
 
 
-def tell(item: Mapping[str, Any]) -> list[str]:
+def tell(item: Mapping[str, Any], width: int = WIDTH) -> list[str]:
     """Return the lines that tell an incident, in the shape of `ckptctl incidents --json`."""
     state = "closed: the job has a checkpoint since" if item["closed"] and item["restored"] else "closed"
     moment = f"{when(item['failed_at'])}, at step {item['failed_step']} of generation {item['generation']}"
-    lines = _field("incident", [f"{item['number']} of job {item['job']} ({state if item['closed'] else 'open'})"], 1)
-    lines += _field("when", [moment], 1)
-    lines += _field("cause", [item["cause"]], 2)
-    lines += _field("then", ["; ".join(_together(item["consequences"]))], 2)
-    lines += _raised(item["exception"]) if item["exception"] is not None else _said(item["last_lines"])
-    lines += _field("decision", [item["decision"] or "none yet"], 2)
-    lines += _field("because", ["; ".join(item["reasons"])], 3)
-    lines += _field("cost", [_cost(item)], 1)
-    lines += _field("took", [_took(item["seconds"])], 2)
+    raised = item["exception"]
+    words = _raised(raised) if raised is not None else ("stderr", _said(item["last_lines"]), 3)
+    fields = [
+        ("incident", [f"{item['number']} of job {item['job']} ({state if item['closed'] else 'open'})"], 1),
+        ("when", [moment], 1),
+        ("cause", [item["cause"]], 2),
+        ("then", ["; ".join(_together(item["consequences"]))], 2),
+        words,
+        ("decision", [item["decision"].removesuffix(f": {item['cause']}") or "none yet"], 2),
+        ("because", ["; ".join(item["reasons"])], 3),
+        ("cost", [_cost(item)], 1),
+        ("took", [_took(item)], 2),
+    ]
     path = item.get("evidence_path")
-    return [*lines, f"{'evidence':<{_LABEL}}{_clean(path)}" if path else f"{'evidence':<{_LABEL}}none was gathered"]
+    told = _fit(fields, width, _MOST_LINES - 1)
+    return [*told, f"{'evidence':<{_LABEL}}{_clean(path)}" if path else f"{'evidence':<{_LABEL}}none was gathered"]
 
 
 def restored(item: Mapping[str, Any]) -> str:
@@ -75,15 +90,15 @@ def innermost(traceback: str, count: int = 3) -> list[str]:
     return (theirs or [text for _, text in frames])[-count:]
 
 
-def _raised(exception: Mapping[str, Any]) -> list[str]:
+def _raised(exception: Mapping[str, Any]) -> _Field:
     first = next(iter(exception["message"].strip().splitlines()), "")
     head = f"{exception['type']}: {first}" if first else exception["type"]
-    return _field("raised", [head, *innermost(exception["traceback"])], 4)
+    return "raised", [head, *innermost(exception["traceback"])], 4
 
 
 def _said(last_lines: Sequence[str]) -> list[str]:
-    """Show the end of what the rank wrote to stderr."""
-    return _field("stderr", [line for line in last_lines if _clean(line).strip()][-3:], 3)
+    """Return the end of what the rank wrote to stderr."""
+    return [line for line in last_lines if _clean(line).strip()][-3:]
 
 
 def _cost(item: Mapping[str, Any]) -> str:
@@ -94,10 +109,12 @@ def _cost(item: Mapping[str, Any]) -> str:
     return f"{words}; it {'began afresh' if item['restored'] is None else f'went on from {restored(item)}'}"
 
 
-def _took(seconds: Mapping[str, float]) -> str:
-    parts = ", ".join(f"{words} {show_duration(seconds[name])}" for name, words in _PHASES.items() if name in seconds)
-    if "total" in seconds:
-        return f"{show_duration(seconds['total'])} from the failure to the first step: {parts}"
+def _took(item: Mapping[str, Any]) -> str:
+    spans = {name: seconds for name, seconds in item["seconds"].items() if seconds >= _NOTHING_S}
+    parts = ", ".join(f"{words} {show_duration(spans[name])}" for name, words in _PHASES.items() if name in spans)
+    if "total" in spans:
+        begin = "the request" if item["kind"] == "requested" else "the failure"
+        return f"{show_duration(spans['total'])} from {begin} to the first step: {parts}"
     return parts
 
 
@@ -129,13 +146,24 @@ def _ranks(numbers: Iterable[int]) -> str:
     return f"rank {words}" if words.isdecimal() else f"ranks {words}"
 
 
-def _field(label: str, texts: Sequence[str], most: int) -> list[str]:
+def _fit(fields: Sequence[_Field], width: int, most: int) -> list[str]:
+    """Return the fields' lines. What was cut gets the room that others leave, the first ones first."""
+    told = [_field(field, width) for field in fields]
+    for place, (label, texts, lines) in enumerate(fields):
+        spare = most - sum(map(len, told))
+        if spare > 0 and label not in _SHORT:
+            told[place] = _field((label, texts, lines + spare), width)
+    return [line for part in told for line in part]
+
+
+def _field(field: _Field, width: int) -> list[str]:
     """Return a label and its texts, wrapped, in at most that many lines; none when there is nothing to say."""
+    label, texts, most = field
     wrapped = [
         part
         for text in texts
         for part in textwrap.wrap(
-            _clean(text), _WIDTH - _LABEL, max_lines=max(1, most - len(texts) + 1), placeholder=" …"
+            _clean(text), width - _LABEL, max_lines=max(1, most - len(texts) + 1), placeholder=" …"
         )
     ]
     return [f"{label if not place else '':<{_LABEL}}{part}" for place, part in enumerate(wrapped[:most])]

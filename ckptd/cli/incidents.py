@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 from ckptd.cli.common import known_job, open_journal, when, whole_number
-from ckptd.cli.incident_text import restored, shorten, tell
-from ckptd.cli.render import show_json, show_table
+from ckptd.cli.incident_text import WIDTH, restored, shorten, tell
+from ckptd.cli.render import columns, show_json, show_table
 from ckptd.errors import NotFoundError
 from ckptd.units import show_duration
 
@@ -48,10 +48,10 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         show_json(incidents)
     elif number is not None:
-        print("\n".join(tell(incidents[0])))
+        print("\n".join(tell(incidents[0], columns(WIDTH))))
     else:
-        columns = "N> WHEN CAUSE STEP> LOST> RESTORED TOOK>"
-        show_table(columns, [_row(item) for item in incidents], f"job {options.job} has had no incident")
+        titles = "N> WHEN CAUSE STEP> LOST> RESTORED TOOK>"
+        show_table(titles, [_row(item) for item in incidents], f"job {options.job} has had no incident")
     return 0
 
 

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+_FEWEST = 60
+
+
+def columns(most: int) -> int:
+    """Return how many columns a line may have: `most`, or fewer on a terminal that is narrower."""
+    return max(_FEWEST, min(most, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else most
 
 
 def show_json(data: Any) -> None:
@@ -49,6 +57,10 @@ def _show_plain(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[obj
 
 def show_fields(fields: Sequence[tuple[str, object]]) -> None:
     """Print names and values, one a line."""
+    print("\n".join(aligned(fields)))
+
+
+def aligned(fields: Sequence[tuple[str, object]]) -> list[str]:
+    """Return names and values, one a line."""
     width = max(len(name) for name, _ in fields)
-    for name, value in fields:
-        print(f"{name:<{width}}  {value}")
+    return [f"{name:<{width}}  {value}" for name, value in fields]

@@ -163,7 +163,10 @@ def run(options: argparse.Namespace) -> int:
         if end.exception is not None and end.exception.error is None:
             print(f"\nThe rank's traceback:\n{end.exception.traceback}", file=sys.stderr)
         raise end.error
-    return RESUMABLE if end.outcome == "stopped" else 0
+    if end.outcome == "stopped":
+        print(f"ckptctl: job {config.name} is stopped; the same command goes on with it", file=sys.stderr)
+        return RESUMABLE
+    return 0
 
 
 def _job_config(options: argparse.Namespace) -> JobConfig:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from ckptd.cli.common import ask, known_job, open_journal, when
+from ckptd.cli.common import COMES_BACK, TERMINAL, ask, known_job, open_journal, when
 from ckptd.cli.halt import describe
-from ckptd.cli.render import show_fields, show_json, show_table
+from ckptd.cli.incident_text import shorten
+from ckptd.cli.render import aligned, columns, show_json, show_table
 from ckptd.errors import AgentError, NotFoundError
 from ckptd.journal import JobEntry
 from ckptd.protocol.messages import Status
 from ckptd.units import show_duration
 
-_TERMINAL = ("finished", "failed", "stopped")
+_STARTED = 19
+"""The place of a process's start time in /proc/PID/stat, counted from behind its name."""
+_WIDTH = 110
+_LONGEST = 500
 
 
 def register(verbs: Any) -> None:
@@ -24,8 +30,9 @@ def register(verbs: Any) -> None:
         "--json",
         action="store_true",
         help="{job, state, generation, step, ranks: [{rank, pid, state, step, section}], last_committed: {step, tier}, "
-        "restarts, hang: {limit_s, rule, since_step_s}, warnings: [{kind, rank, summary, since_s}], "
+        "restarts, error, hang: {limit_s, rule, since_step_s}, warnings: [{kind, rank, summary, since_s}], "
         "halt: {after_step, at, at_next_checkpoint, left_s, margin_s, stopping, grace_left_s}, "
+        "numbers: {policy, metric, bad: {rank, step, kind}, healthy, suspect, skipped, afresh}, "
         "scrub: {last_at, checked, mended, damaged: [{generation, step, tier}]}}; a list of them without JOB",
     )
     parser.set_defaults(verb=run)
@@ -39,7 +46,11 @@ def run(options: argparse.Namespace) -> int:
         if options.json:
             show_json(status)
         else:
-            _show_one(status, comes_back=entry.life.comes_back)
+            incidents = open_journal().read_incidents(options.job)
+            print("\n".join(_tell(status, incidents, comes_back=entry.life.comes_back, width=columns(_WIDTH))))
+            titles = "RANK> PID> STATE STEP>"
+            ranks = [(rank["rank"], _dash(rank["pid"]), _doing(rank), _dash(rank["step"])) for rank in status["ranks"]]
+            show_table(titles, ranks, "no rank")
         return 0
     statuses = [current(entry) for entry in open_journal().read_jobs()]
     if options.json:
@@ -49,46 +60,84 @@ def run(options: argparse.Namespace) -> int:
         (item["job"], item["state"], item["generation"], item["step"], _committed(item), item["restarts"])
         for item in statuses
     ]
-    columns = "JOB STATE GENERATION> STEP> COMMITTED> RESTARTS>"
-    show_table(columns, rows, "no job has run here yet")
+    titles = "JOB STATE GENERATION> STEP> COMMITTED> RESTARTS>"
+    show_table(titles, rows, "no job has run here yet")
     return 0
 
 
 def current(entry: JobEntry) -> dict[str, Any]:
-    """Return a job's live state, or its last one when its agent is gone."""
-    if entry.status["state"] not in _TERMINAL:
+    """Return a job's live state, or its last one when its agent is gone; ranks may live on without it."""
+    if entry.status["state"] not in TERMINAL:
         try:
             (status,) = ask(entry.agent_socket, Status(entry.job))["jobs"]
             return dict(status)
         except (AgentError, NotFoundError):
-            ranks = [{**rank, "state": "gone"} for rank in entry.status["ranks"]]
+            began = entry.life.ranks_started
+            ranks = [
+                {**rank, "state": "alive" if _lives(rank["pid"], began.get(str(rank["rank"]))) else "gone"}
+                for rank in entry.status["ranks"]
+            ]
             return {**entry.status, "state": "interrupted", "ranks": ranks}
     return entry.status
 
 
-def _show_one(status: dict[str, Any], *, comes_back: bool) -> None:
-    show_fields(
-        [
-            ("job", status["job"]),
-            ("state", status["state"]),
-            ("generation", f"{status['generation']} ({status['restarts']} restarts in this run)"),
-            ("step", status["step"]),
-            ("last step", _last_step(status)),
-            ("committed", _committed(status)),
-            ("stops", _stops(status)),
-            ("scrub", _scrub(status["scrub"])),
-        ]
-    )
-    if comes_back and status["state"] in (*_TERMINAL, "interrupted"):
-        print("\nIt comes back by itself when the service starts: systemctl start ckptd")
-    elif status["state"] == "interrupted":
-        print("\nIts agent is gone. Run the same command again: it goes on from the newest checkpoint.")
-    print()
-    for warning in status.get("warnings", ()):
-        print(f"Warning for {show_duration(warning['since_s'])}: {warning['kind']}: {warning['summary']}")
-    columns = "RANK> PID> STATE STEP>"
-    rows = [(rank["rank"], _dash(rank["pid"]), _doing(rank), _dash(rank["step"])) for rank in status["ranks"]]
-    show_table(columns, rows, "no rank")
+def _lives(pid: int | None, began: int | None) -> bool:
+    """Tell whether the process that had this number, and began then, still runs."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return False
+    return words[0] not in ("Z", "X") and int(words[_STARTED]) == began
+
+
+def _tell(
+    status: dict[str, Any], incidents: Sequence[dict[str, Any]], *, comes_back: bool, width: int = _WIDTH
+) -> list[str]:
+    """Return what is said of a job before the table of its ranks."""
+    state, over = status["state"], status["state"] in TERMINAL
+    restarts = f"{status['restarts']} restart{'' if status['restarts'] == 1 else 's'} in this run"
+    fields = [
+        ("job", status["job"]),
+        ("state", state),
+        ("generation", f"{status['generation']} ({restarts})"),
+        ("step", status["step"]),
+        ("last step", _last_step(status)),
+        ("committed", _committed(status)),
+        ("stopped" if over else "stops", _stops(status)),
+        ("scrub", _scrub(status["scrub"])),
+    ]
+    if over:
+        fields = [(name, value) for name, value in fields if value != "-"]
+    if incidents:
+        last = incidents[-1]
+        said = f"`ckptctl incidents {status['job']} {last['number']}`, {when(last['failed_at'])}: "
+        fields.append(("incident", said + shorten(last["cause"], max(20, width - 12 - len(said)))))
+    lines = aligned(fields)
+    if status.get("error"):
+        lines += ["", f"It has failed: {shorten(status['error'], _LONGEST)}"]
+    if comes_back and over:
+        lines += ["", COMES_BACK.capitalize()]
+    elif state == "interrupted":
+        lines += ["", _interrupted(status, comes_back=comes_back)]
+    present = () if state == "interrupted" else status.get("warnings", ())
+    warnings = [f"Warning for {show_duration(item['since_s'])}: {_warned(item)}" for item in present]
+    return [*lines, *([""] if warnings else []), *warnings, ""]
+
+
+def _interrupted(status: dict[str, Any], *, comes_back: bool) -> str:
+    """Say what becomes of a job whose agent is gone."""
+    if any(rank["state"] == "alive" for rank in status["ranks"]):
+        then = "its ranks go on without it, and wait for the next one: systemctl start ckptd"
+    elif comes_back:
+        then = COMES_BACK
+    else:
+        then = "run the same command again: it goes on from the newest checkpoint"
+    return f"Its agent is gone; {then}"
+
+
+def _warned(warning: dict[str, Any]) -> str:
+    kind, summary = warning["kind"], warning["summary"]
+    return summary if kind in summary else f"{kind}: {summary}"
 
 
 def _last_step(status: dict[str, Any]) -> str:
@@ -103,9 +152,9 @@ def _last_step(status: dict[str, Any]) -> str:
 def _stops(status: dict[str, Any]) -> str:
     """Say upon what the job stops by itself, or why it is stopped."""
     halt = status.get("halt")
-    if halt is None:
+    if halt is None or status["state"] == "interrupted":
         return "-"
-    return (halt["stopping"] if status["state"] in _TERMINAL else describe(halt)) or "-"
+    return (halt["stopping"] if status["state"] in TERMINAL else describe(halt)) or "-"
 
 
 def _doing(rank: dict[str, Any]) -> str:
@@ -124,7 +173,8 @@ def _scrub(scrub: dict[str, Any]) -> str:
         return "no copy has been read again yet"
     damaged = ", ".join(f"step {item['step']} on {item['tier']}" for item in scrub["damaged"]) or "none"
     mended = f", {scrub['mended']} mended" if scrub["mended"] else ""
-    return f"{scrub['checked']} copies read{mended}, damaged now: {damaged}; the last at {when(scrub['last_at'])}"
+    copies = "copy" if scrub["checked"] == 1 else "copies"
+    return f"{scrub['checked']} {copies} read{mended}, damaged now: {damaged}; the last at {when(scrub['last_at'])}"
 
 
 def _dash(value: object) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ckptd.cli.common import LONG_CALL_DEADLINE_S, ask_owner
+from ckptd.cli.common import LONG_CALL_DEADLINE_S, ask_owner, known_job
 from ckptd.protocol.messages import Control
 
 
@@ -32,5 +32,9 @@ def run(options: argparse.Namespace) -> int:
         wishes["grace"] = options.grace
     message = Control(options.job, "stop", not options.no_wait, options=wishes)
     result = ask_owner(options.job, message, LONG_CALL_DEADLINE_S)
-    print(f"job {options.job}: {result['outcome']}")
+    last = known_job(options.job).status["last_committed"]
+    newest = (
+        "" if last is None or options.no_wait else f"; its newest checkpoint is step {last['step']} on {last['tier']}"
+    )
+    print(f"job {options.job}: {result['outcome']}{newest}")
     return 0

@@ -19,7 +19,8 @@ def register(verbs: Any) -> None:
         help="hand a job to the running daemon",
         description="Read a job from a TOML file and start it under the daemon. Keys: command (list), store, nproc, "
         "every, name, keep_last, max_restarts, restart_window, preload (list, or false), python, cwd, env (table), "
-        "slots, reuse_unchanged, flush_max, overlap, resume_from, resume_step, chaos, halt (table).",
+        "slots, reuse_unchanged, flush_max, overlap, resume_from, resume_step, on_agent_loss, agent_wait, check_wait, "
+        "chaos, hang (table, or false), straggler (table), numbers (text, or a table), halt (table).",
     )
     parser.add_argument("file", metavar="JOB.toml")
     parser.set_defaults(verb=run)

@@ -164,6 +164,8 @@ class Adopting(Failing):
                 freed.append(e.Release(event.rank, slot))
             else:
                 known[slot] = told
+        for slot in event.slots:  # what is free is not what the journal says: the rank may be writing it
+            self._found.pop((event.rank, slot), None)
         self._found |= {(event.rank, slot): shard for slot, shard in known.items()}
         return freed + self._settle_adoption(now)
 

@@ -48,11 +48,13 @@ class Ending:
         self.upload_s: dict[str, float] = {}
         """For each further tier, how long one of the last uploads took at most."""
         self._outcome: tuple[JobEvent, CkptdError | None] = (JobEvent.FINISH, None)
+        self.error: CkptdError | None = None
+        """Why the job has failed, when it has."""
 
     def _move(self, event: JobEvent) -> None:
         self.state = JOB_TABLE.next(self.state, event)
 
-    def _setup_failed(self, error: CkptdError, now: Now) -> list[Effect]:
+    def _setup_failed(self, error: CkptdError, now: Now, *, passing: bool = False) -> list[Effect]:  # noqa: ARG002 - see Planning
         """End the job at once: a rank that never came to be will not be seen to go."""
         if self.state not in (JobState.PREPARING, *LIVE, JobState.FENCED, JobState.STOPPING):
             return []
@@ -178,15 +180,16 @@ class Ending:
             event = JobEvent.HALT  # as it was wanted, and said
         elif error is None and (lost or self._gone_with_agent is not None):
             event = JobEvent.GIVE_UP
-            error = JobFailedError("the last snapshot could not be made durable", hint="see the flush errors above")
+            error = JobFailedError("the last snapshot could not be made durable", hint="see the flush errors in the log")
         elif error is None and missing:
             event = JobEvent.GIVE_UP
             error = JobFailedError(
                 f"the last checkpoint is not on {' and '.join(missing)}: its upload has failed",
                 hint=f"it is on {self.keeper.tiers.first}, from where the next start of the job uploads it; "
-                "see the upload errors above",
+                "see the upload errors in the log",
             )
         self._move(event)
+        self.error = error
         exception = self.recovery.exception if error is not None else None
         return [*effects, *self.recovery.close(), e.End(self.state.value, error, exception)]
 

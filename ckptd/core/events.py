@@ -43,6 +43,8 @@ class SetupFailed:
     """The job can't start: the store can't be read, a generation can't be claimed, there is no memory for slots."""
 
     error: CkptdError
+    passing: bool = False
+    """Whether the same may succeed later without anything going from a tier: the state folder can't be written now."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ class Failing(Scrubbing):
         self._move(JobEvent.FAIL)
         kill = [] if generation.all_in(generation.gone) else self._kill()
         effects = self.recovery.failed(generation, evidence, last_lines, now.s, now.wall, killed=bool(kill))
-        return effects + self.keeper.abandon("a rank died", now.s) + kill
+        return effects + self.keeper.abandon("its generation has failed", now.s) + kill
 
     def _all_gone(self, now: Now) -> list[Effect]:
         match self.state:
@@ -93,10 +93,11 @@ class Failing(Scrubbing):
         generation = self.generation
         offer = None if generation is None else generation.offer
         older = None if offer is None else self.offers.newest_before(offer.id, self.keeper.book.complete)
-        damaged = generation is not None and generation.damaged
+        damaged = offer if generation is not None and generation.damaged else None
         decision, effects = self.recovery.decide(now.s, older=older, damaged=damaged)
         if not decision.restart:
-            error = self.recovery.refusal or JobFailedError(decision.verdict or "the job has failed")
+            hint = f"`{self.recovery.look_up}` tells more; the same command again goes on from the newest checkpoint"
+            error = self.recovery.refusal or JobFailedError(decision.verdict or "the job has failed", hint=hint)
             return effects + self._give_up(error, now)
         if decision.at_most_step is not None:
             self._step_back(decision.at_most_step)
@@ -141,5 +142,6 @@ class Failing(Scrubbing):
         if self.state is JobState.BACKOFF:
             self._wake_at_s = now.s
             return []
-        evidence = Evidence("operator", "requested", None, 1.0, "a restart was asked for", now.s)
+        place = "" if event.step is None else f" from step {event.step} or before it"
+        evidence = Evidence("operator", "requested", None, 1.0, f"a restart{place} was asked for", now.s)
         return self._fail(evidence, (), now)

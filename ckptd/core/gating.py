@@ -77,7 +77,10 @@ class Gating(Watching):
         self._unfit_since_s = None
         reason = next((item.summary for item in self.warnings if item.kind == NOT_READY), "the node was not ready")
         self.warnings.clear(NOT_READY)
-        return [Log("node ready", {"waited_s": round(waited_s, 3)}), *self.recovery.waited(waited_s, reason)]
+        return [
+            Log("node ready", {"waited_s": round(waited_s, 3)}),
+            *self.recovery.because(f"it waited {waited_s:.0f} s: {reason}"),
+        ]
 
     def _refuse(self, verdict: str, reasons: tuple[str, ...], now: Now) -> list[Effect]:
         self._unfit_since_s = None

@@ -89,7 +89,8 @@ class OpenIncident:
 
     def add_reason(self, reason: str) -> None:
         """Note what else was decided, or waited for, and why."""
-        self.incident = dataclasses.replace(self.incident, reasons=(*self.incident.reasons, reason))
+        if reason not in self.incident.reasons:  # what is planned again has the same reasons
+            self.incident = dataclasses.replace(self.incident, reasons=(*self.incident.reasons, reason))
 
     def begin_again(self, source: Source | None) -> None:
         """Note what the next generation begins with."""

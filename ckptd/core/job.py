@@ -90,7 +90,7 @@ class JobMachine(Adopting, Numbering, Gating):
             case e.Claimed():
                 return self._claimed(event, now)
             case e.SetupFailed():
-                return self._setup_failed(event.error, now)
+                return self._setup_failed(event.error, now, passing=event.passing)
             case e.RankSpawned():
                 if self.generation is not None:
                     self.generation.pids[event.rank] = event.pid
@@ -227,12 +227,15 @@ class JobMachine(Adopting, Numbering, Gating):
     def _storage_ended(self, event: e.Committed | e.FlushFailed | e.UploadFailed, now: Now) -> list[Effect]:
         match event:
             case e.FlushFailed():
+                self.warnings.note("flush", None, event.error.message, now.s)
                 effects = self.keeper.on_flush_failed(event, now.s)
             case e.UploadFailed():
+                self.warnings.note(f"upload to {event.tier}", None, event.error.message, now.s)
                 effects = self.keeper.on_upload_failed(event, now.s)
                 if isinstance(event.error, DamagedError):
                     self.suspect(Source(event.id, self.keeper.tiers.first))
             case e.Committed():
+                self.warnings.clear("flush" if event.tier == self.keeper.tiers.first else f"upload to {event.tier}")
                 self._measure(event)
                 effects = self._committed(event, now)
         if self.state is JobState.DRAINING:

@@ -9,6 +9,7 @@ and training may well recover from it, as it can't from NaN.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ckptd.core.ending import LIVE
@@ -26,6 +27,12 @@ from ckptd.types import CheckpointId, Evidence
 SETTLE_S = 0.5
 """How long the report of a rank is waited for that is not yet at the bad step: it may have seen a bad one before."""
 _SPIKE_CERTAINTY = 0.9
+
+
+def in_words(ranges: Iterable[tuple[int, int]]) -> str:
+    """Return ranges of steps as people read them: "steps 50, 61-64"."""
+    words = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+    return f"step {words}" if words.isdecimal() else f"steps {words}"
 
 
 class _Trouble(NamedTuple):
@@ -204,8 +211,10 @@ class Numbering(Watching):
         """Begin with `best`; when there is none, where the job itself began, if it has seen that."""
         health = self.keeper.health
         if best is None and not health.afresh:
+            verdict = "every checkpoint of this job is suspect"
             hint = "begin with one of them by --numbers warn, or anew under another --name"
-            return self._give_up(JobFailedError("every checkpoint of this job is suspect", hint=hint), now)
+            noted = self.recovery.given_up(verdict, "there is no healthy one to step back to")
+            return noted + self._give_up(JobFailedError(verdict, hint=hint), now)
         step = 0 if best is None else best.step
         self._step_back(step)
         if best is None:
@@ -213,8 +222,11 @@ class Numbering(Watching):
             reason = "every checkpoint is suspect, and the job began afresh"
         else:
             reason = health.why(best)
-        fields: dict[str, object] = {"step": step, "reason": reason, "skipped": health.skipped_after(step)}
-        return [Log("step back", fields, level="warning"), Marked(), *super()._plan(now)]
+        skipped = health.skipped_after(step)
+        fields: dict[str, object] = {"step": step, "reason": reason, "skipped": skipped}
+        words = f"back to step {step}: {reason}" + (f"; to skip: {in_words(skipped)}" if skipped else "")
+        noted = self.recovery.because(words)
+        return [Log("step back", fields, level="warning"), Marked(), *noted, *super()._plan(now)]
 
     def numbers_to_tell(self) -> dict[str, Any]:
         """Return what a rank that is let in has to know: which metric to write down, and which steps to skip."""

@@ -95,6 +95,11 @@ class Patience:
         """Remember that the job was ended because it hung after `step`."""
         self._hung_at[step] = self._hung_at.get(step, 0) + 1
 
+    def went_on(self, hung: Hung, since_s: float) -> bool:
+        """Whether who was called hung has shown a sign of life since; what others do meanwhile says nothing of it."""
+        life = self._lives.get(hung.sample.rank)
+        return life is not None and life.sign_s > since_s
+
     def look(self, at_s: float, samples: Iterable[Sample]) -> Hung | None:
         """Take in what the pages of all ranks that should make progress say; return whether they hang."""
         counted_s = self._count(at_s)
@@ -184,7 +189,7 @@ class Patience:
         if sample.phase == "leaving" or sample.phase in ("joining", "restoring"):
             return Limit(policy.ceiling_s, "the ceiling")
         if not life.steps:
-            return Limit(policy.first_s, "for what comes before a rank's first step and for that")
+            return Limit(policy.first_s, "before the first step and in it")
         life.excuses = False
         return hang.again(self.limit, times, policy)
 

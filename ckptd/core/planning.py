@@ -83,17 +83,21 @@ class Planning(Halting):
         self._offer, self._offer_world_size = offer, world_size or self.spec.world_size
         return [e.Claim(self._last_generation + 1, None if offer is None else offer.id)]
 
-    def _setup_failed(self, error: CkptdError, now: Now) -> list[Effect]:
-        """Wait for room when there is none for the record of a restart; everything else ends the job.
+    def _setup_failed(self, error: CkptdError, now: Now, *, passing: bool = False) -> list[Effect]:
+        """Wait when there is no room for the record of a restart, or it can't be written now; all else ends the job.
 
         Like a flush it costs garbage first, then old checkpoints. When nothing may go, the job waits until somebody
         makes room: what it would begin with may lie in memory alone.
         """
-        if self.state is not JobState.PREPARING or self.generation is None or not isinstance(error, FullError):
+        waits = passing or isinstance(error, FullError)
+        if self.state is not JobState.PREPARING or self.generation is None or not waits:
             return super()._setup_failed(error, now)
-        tier, self._full_claims = self.keeper.tiers.first, self._full_claims + 1
         self._plan_at_s = now.s + _CLAIM_RETRY_S
-        fields = {"tier": tier, "generation": self._last_generation + 1, "error": str(error)}
+        fields: dict[str, object] = {"generation": self._last_generation + 1, "error": str(error)}
+        if passing:
+            return [Log("claim postponed", fields | {"retry_in_s": _CLAIM_RETRY_S}, level="error")]
+        tier, self._full_claims = self.keeper.tiers.first, self._full_claims + 1
+        fields["tier"] = tier
         room = self.keeper.want_room(self.offers.newest_on(tier), garbage_only=self._full_claims == 1)
         self.offers.keep(self.keeper.tiers.held)
         return [Log("claim postponed", fields | {"retry_in_s": _CLAIM_RETRY_S}, level="error"), *room]

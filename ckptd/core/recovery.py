@@ -145,19 +145,20 @@ class Recovery:
         ]
 
     def decide(
-        self, now_s: float, *, older: CheckpointId | None = None, damaged: bool = False
+        self, now_s: float, *, older: CheckpointId | None = None, damaged: Source | None = None
     ) -> tuple[RestartDecision, list[Effect]]:
         """Decide what follows, now that no rank of the generation is left.
 
         `older` is what the next one could begin with instead of what this one began with.
-        With `damaged` it failed because its offer was: that is not held against the script, and can't go on for ever,
-        since there is one copy less to try each time.
+        With `damaged` it failed because that copy, its offer, was: that is not held against the script, and can't go
+        on for ever, since there is one copy less to try each time.
         """
-        if damaged:
+        if damaged is not None:
             if not self._on_purpose:
                 self._failures.pop()
             self.refusal = None
-            decision = RestartDecision(restart=True, delay_s=0.0, reasons=("a damaged copy is not offered again",))
+            reason = f"step {damaged.id.step} on {damaged.tier} is damaged, and is not offered again"
+            decision = RestartDecision(restart=True, delay_s=0.0, reasons=(reason,))
         elif self._on_purpose:
             decision = RestartDecision(restart=True, delay_s=0.0, reasons=("somebody asked for it",))
         else:
@@ -169,11 +170,23 @@ class Recovery:
             effects.append(e.Record(self.incident.snapshot()))
         return decision, effects
 
-    def waited(self, seconds: float, reason: str) -> list[Effect]:
-        """Note that the restart had to wait for the node, and why."""
+    @property
+    def look_up(self) -> str:
+        """The command that tells the open incident, or the list of all when none is open."""
+        return f"ckptctl incidents {self.job}" + ("" if self.incident is None else f" {self.incident.incident.number}")
+
+    def because(self, reason: str) -> list[Effect]:
+        """Note in the open incident what else was decided, or waited for, and why."""
         if self.incident is None:
             return []
-        self.incident.add_reason(f"it waited {seconds:.0f} s: {reason}")
+        self.incident.add_reason(reason)
+        return [e.Record(self.incident.snapshot())]
+
+    def given_up(self, verdict: str, reason: str) -> list[Effect]:
+        """Note in the open incident that nothing is started again, though the restart policy would have allowed it."""
+        if self.incident is None:
+            return []
+        self.incident.decide(RestartDecision(restart=False, delay_s=0.0, reasons=(reason,), verdict=verdict))
         return [e.Record(self.incident.snapshot())]
 
     def refused(

@@ -33,7 +33,7 @@ class Uploads:
         self._failures: dict[CheckpointId, int] = {}
         self._failures_in_a_row = 0
         self._lost: CheckpointId | None = None
-        """The last one for which another try was no use."""
+        """The one that is owed, once another try is no use."""
         self._unwanted: CheckpointId | None = None
         """The one under way, once it is not in the lineage any more."""
         self._due_at_s = 0.0
@@ -101,7 +101,7 @@ class Uploads:
         delay_s = min(_RETRY_MAX_S, _RETRY_BASE_S * 2.0 ** min(self._failures_in_a_row, _DOUBLINGS_MAX))
         self._retry_at_s = now_s + delay_s
         self._due_at_s = now_s  # nothing has come of it: the next need not wait its interval
-        if not retryable:
+        if not retryable and checkpoint == self._owed:
             self._lost = checkpoint
         unwanted = checkpoint == self._unwanted or any(item > checkpoint for item in self._waiting)
         if not retryable or self.closed or unwanted:

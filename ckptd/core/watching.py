@@ -29,8 +29,8 @@ class _Suspicion(NamedTuple):
 
     incident: int
     evidence: Evidence
+    hung: Hung
     seen: str
-    step: int
     found: Now
 
 
@@ -66,7 +66,8 @@ class Watching(Failing):
         hung = patience.look(event.at_s, samples)
         suspicion = self._suspicion
         if suspicion is not None:
-            goes_on = patience.stepped_s is not None and patience.stepped_s > suspicion.found.s
+            left = suspicion.hung.sample.rank not in {item.rank for item in samples}
+            goes_on = left or patience.went_on(suspicion.hung, suspicion.found.s)
             return effects + (self._take_back(suspicion) if goes_on else [])
         return effects if hung is None else effects + self._suspect(hung, generation, now)
 
@@ -91,7 +92,7 @@ class Watching(Failing):
         summary = seen if hung.rank is None else f"rank {hung.rank} {seen}"
         evidence = Evidence("hang", "hang", hung.rank, 0.5, summary, hung.sign_s)
         number = self.recovery.next_number
-        self._suspicion = _Suspicion(number, evidence, seen, hung.step, now)
+        self._suspicion = _Suspicion(number, evidence, hung, seen, now)
         fields = {
             "rank": hung.rank,
             "step": hung.step,
@@ -103,7 +104,7 @@ class Watching(Failing):
 
     def _take_back(self, suspicion: _Suspicion) -> list[Effect]:
         self._suspicion = None
-        return [Log("hang over", {"step": suspicion.step}, level="warning")]
+        return [Log("hang over", {"step": suspicion.hung.step}, level="warning")]
 
     def _gathered(self, event: Gathered, now: Now) -> list[Effect]:
         suspicion = self._suspicion
@@ -117,7 +118,7 @@ class Watching(Failing):
         assert suspicion is not None
         assert generation is not None
         if self.patience is not None:
-            self.patience.convicted(suspicion.step)
+            self.patience.convicted(suspicion.hung.step)
         evidence = sharpened(suspicion.evidence, suspicion.seen, gathered)
         effects = self._fail(evidence, (), suspicion.found)
         self._suspicion = None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptd.core.adopt_events import HeldShard, RankReturned
 from ckptd.core.handover import Handover
+from ckptd.core.job import JobMachine, JobSpec, Now
+from ckptd.core.job_states import JobState
 from ckptd.daemon.arena import Arena
 from ckptd.daemon.fdstore import FdStore
 from ckptd.daemon.living import boot_id, is_alive
@@ -46,14 +48,23 @@ class Legacy:
 
 
 def legacy_of(entry: JobEntry) -> Legacy | None:
-    """Return what is left of a job; None when that is nothing, or is not understood."""
+    """Return what is left of a job; None when that is nothing.
+
+    Of what is not understood, since another version has written it, only the launcher is: to be ended with its ranks.
+    """
     life = entry.life
     if life.boot_id != boot_id() or not life.incarnation:
         return None
     try:
-        return Legacy(life, Handover.from_json(life.handover))
-    except (KeyError, TypeError, ValueError):
-        return None  # of another version: the job begins anew, and its old launcher is turned away
+        handover = Handover.from_json(life.handover)
+        trial = JobMachine(JobSpec(entry.job, 1, 1.0))
+        trial.recovery.recall(handover.recovery)
+        trial.recall_bounds(handover.halting, Now(0.0, 0.0))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return Legacy(life, Handover(""))
+    if life.stopped and handover.has_ranks:
+        handover = replace(handover, state=JobState.STOPPING.value)
+    return Legacy(life, handover)
 
 
 def take_slots(job: str, arena: Arena, kept: FdStore, logger: Logger) -> list[tuple[int, int]]:

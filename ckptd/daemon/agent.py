@@ -93,7 +93,7 @@ class Agent:
         frameworks = [
             {"name": item.name, "trigger": item.trigger, "target": item.target} for item in self.plugins.frameworks
         ]
-        self.server = Server(config.socket, frameworks, self._received, self._closed)
+        self.server = Server(config.socket, frameworks, self._received, self._closed, self._foreign)
         self._log.debug("agent started", socket=str(config.socket), plugins=self.plugins.loaded)
 
     def _plugin_failed(self, name: str, problem: str) -> None:
@@ -301,6 +301,11 @@ class Agent:
             raise FencedError(f"job {message.job} has a launcher of its own")
         processes.returned(peer.connection, peer.pid, message)
         self._launchers[peer] = processes
+
+    def _foreign(self, pid: int, error: CkptdError) -> None:
+        for job in self.jobs.values():
+            if job.processes is not None:
+                job.processes.foreign(pid, error)
 
     def _closed(self, peer: Peer) -> None:
         processes = self._launchers.pop(peer, None)

@@ -118,6 +118,29 @@ class Arena:
         self._lock = threading.Lock()
         self._reserving: dict[int, threading.Lock] = {}
         self._closed = False
+        self._unkept: set[tuple[int, int]] = set()
+        """Slots that systemd holds on to no more, although they are there."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether slots outlive their agent and their ranks."""
+        return self._kept.wanted
+
+    def keep(self, places: Collection[tuple[int, int]], *, known: bool) -> None:
+        """Have systemd go on holding slots that are about to change; `known` says whether the journal knows of it.
+
+        If not, the next agent would take them for what they were: it must not find them, until the journal is right.
+        """
+        with self._lock:
+            if not known:
+                self._unkept.update(places)
+                for rank, number in places:
+                    self._kept.remove(slot_name(self._job, rank, number))
+                return
+            for rank, number in self._unkept:
+                if number in self.slots(rank):
+                    self._kept.put(slot_name(self._job, rank, number), self._slots[rank][number].descriptor)
+            self._unkept.clear()
 
     def slots(self, rank: int) -> Mapping[int, Slot]:
         """Return a rank's slots by number."""
@@ -189,7 +212,8 @@ class Arena:
                 mine = self._slots[rank]
                 number = next(number for number in range(MAX_SLOTS) if number not in mine)
                 mine[number] = Slot(number, descriptor, len(mapped), mapped)
-                self._kept.put(slot_name(self._job, rank, number), descriptor)
+                if (rank, number) not in self._unkept:
+                    self._kept.put(slot_name(self._job, rank, number), descriptor)
                 return number
         mapped.close()
         os.close(descriptor)

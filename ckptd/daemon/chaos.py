@@ -94,7 +94,7 @@ async def _until(job: Supervisor, condition: Callable[[], bool], what: str) -> N
 
 
 async def _signal(job: Supervisor, fault: Fault) -> str:
-    await _until(job, lambda: _there(job, fault), f"ranks {list(fault.ranks)} were there")
+    await _until(job, lambda: _there(job, fault), f"rank {', '.join(map(str, fault.ranks))} was there")
     number = signal.SIGSTOP if fault.kind == "stop" else signal.Signals(fault.signal)
     for rank in fault.ranks:
         _send(job, rank, number)

@@ -25,7 +25,7 @@ from ckptd.daemon.offers import Offer, SlotOffer, StoredOffer, close_all, read_o
 from ckptd.daemon.resuming import OpenTier, Resuming
 from ckptd.daemon.scrubbing import Scrubber
 from ckptd.daemon.tiers import read
-from ckptd.errors import AgentError, CkptdError, DamagedError, FencedError, invariant
+from ckptd.errors import AgentError, CkptdError, DamagedError, FencedError, StoreError, invariant
 from ckptd.pruning.prune import Removed
 from ckptd.storage import catalog, keys, manifest
 from ckptd.storage.pacing import Pacer
@@ -123,7 +123,10 @@ class Checkpoints:
         """
         number = order.at_least
         for _ in range(_CLAIM_TRIES):
-            number = await asyncio.to_thread(next_generation, self._coordinator, self._job, number)
+            try:
+                number = await asyncio.to_thread(next_generation, self._coordinator, self._job, number)
+            except StoreError as error:
+                return e.SetupFailed(error, passing=True)  # the disk of the state folder may be full
             if not await asyncio.to_thread(self.store.claim, number, order.parent):
                 continue
             if self._started or await self._patiently(self._further.claim_all, number):

@@ -51,6 +51,8 @@ def judge(entry: JobEntry, *, boot: str, alive: bool) -> Verdict:
         return Verdict(False, f"it is {state}, and nothing of it is left to do for a service")
     if alive:
         return Verdict(True, "its processes have gone on", alive=True)
+    if life.stopped:
+        return Verdict(False, f"it was {state} on purpose, and nothing of it is left to stop")
     if not entry.config.get("command"):
         return Verdict(False, "its ranks have ended, and it is for their own launcher to start others")
     if life.boot_id != boot:
@@ -112,6 +114,8 @@ class Comebacks:
             elif verdict.back:
                 about_to()
                 back += self._try(entry, verdict, 1)
+            elif entry.life.stopped:
+                self._forget(entry.job)
         self._kept.remove_rest(self._waiting)
         return back
 
@@ -145,6 +149,13 @@ class Comebacks:
             except CkptdError as problem:
                 self._log.error("journal failed", error=str(problem))
             self._failed(entry, error, attempt)
+
+    def _forget(self, job: str) -> None:
+        """Complete a stop that has left nothing but a launcher without ranks, or a word in the journal."""
+        try:
+            forget(self._journal, job)
+        except CkptdError as problem:
+            self._log.error("journal failed", error=str(problem))
 
     def _count(self, job: str) -> None:
         """Count an attempt, until the agent has outlived it."""
@@ -201,7 +212,8 @@ class Comebacks:
 
 def _judge(entry: JobEntry) -> Verdict:
     life, legacy = entry.life, legacy_of(entry)
-    alive = is_alive(life.launcher_pid, life.launcher_started, life.boot_id)
+    launcher = is_alive(life.launcher_pid, life.launcher_started, life.boot_id)
+    alive = launcher and not life.stopped  # a launcher alone has nothing that could be stopped with a checkpoint
     return judge(entry, boot=boot_id(), alive=alive or (legacy is not None and legacy.has_living()))
 
 

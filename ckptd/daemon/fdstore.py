@@ -32,7 +32,8 @@ class FdStore:
 
     def __init__(self, environ: MutableMapping[str, str], pid: int) -> None:
         """Take over what systemd has passed on to this process, so that no child inherits any of it."""
-        self._wanted = bool(environ.get("NOTIFY_SOCKET"))
+        self.wanted = bool(environ.get("NOTIFY_SOCKET"))
+        """Whether somebody keeps what is put here."""
         self._inherited: dict[str, int] = {}
         for name, descriptor in _passed_on(environ, pid):
             os.set_inheritable(descriptor, False)
@@ -58,12 +59,12 @@ class FdStore:
         if left is not None:
             os.close(left)
             self.remove(name)
-        if self._wanted:
+        if self.wanted:
             notify(f"FDSTORE=1\nFDNAME={name}", (descriptor,))
 
     def remove(self, name: str) -> None:
         """Have it kept no more."""
-        if self._wanted:
+        if self.wanted:
             notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
     def remove_rest(self, but: Collection[str] = ()) -> None:

@@ -74,16 +74,25 @@ class LauncherProcess:
 
     async def close(self, grace_s: float = 5.0) -> None:
         """End it with every rank: by a word, or a signal when it can't be told; by SIGKILL if that takes too long."""
+        self.send(Dissolve())
         if self._connection is not None:
-            self._connection.send(Dissolve())
             self._connection.close()
-        else:
+        else:  # it was not connected, or has hung up
             self.signal(signal.SIGTERM)
         try:
             await asyncio.wait_for(asyncio.shield(self.ended), grace_s)
         except TimeoutError:
             self.signal(signal.SIGKILL)
             await self.ended
+
+
+def how_it_ended(returncode: int | None) -> str:
+    """Say how a launcher ended; None where nobody can tell."""
+    if returncode is None:
+        return "the launcher is gone"
+    return (
+        f"the launcher ended with {signal.Signals(-returncode).name if returncode < 0 else f'exit code {returncode}'}"
+    )
 
 
 def start_launcher(

@@ -16,7 +16,7 @@ from ckptd.daemon.adopting import Legacy
 from ckptd.daemon.connection import Connection
 from ckptd.daemon.evidence.traces import trace_env
 from ckptd.daemon.exits import Exits
-from ckptd.daemon.launcher import LauncherProcess, start_launcher
+from ckptd.daemon.launcher import LauncherProcess, how_it_ended, start_launcher
 from ckptd.daemon.living import boot_id, started
 from ckptd.daemon.orphans import Orphans
 from ckptd.daemon.output import OutputFollower, last_lines, output_paths
@@ -81,11 +81,15 @@ class Processes:
         self._ready = False
         self._proven = False
         """Whether a launcher of this job was ready once, so that one which dies early was killed."""
+        self._foreign: str | None = None
+        """Why the launcher could not be taken over, and was ended."""
         self._closing = False
         self._wanted: tuple[int, int] | None = None
         self._generation = 0
         self._living: dict[int, tuple[int, int]] = {}
         """The process of each rank, and when it began."""
+        self._known: dict[int, int] = {}
+        """The process of each rank of the generation, whether it lives or not."""
         self._orphans = Orphans(self._orphan_ended)
         self._killing = False
         self._leftover: LauncherProcess | None = None
@@ -105,7 +109,8 @@ class Processes:
         life, goes_on = legacy.life, legacy.handover.has_ranks
         self._feed, self._generation, self._proven = feed, legacy.handover.generation, True
         self._living = {rank: (pid, life.ranks_started.get(str(rank), 0)) for rank, pid in legacy.pids.items()}
-        for pid, _ in self._living.values():
+        self._known = legacy.pids
+        for pid in self._known.values():
             self._exits.begin(pid, time.monotonic())
         launcher, loop = self._find(life), asyncio.get_running_loop()
         if launcher is None and goes_on:
@@ -134,10 +139,18 @@ class Processes:
         return LauncherProcess(life.launcher_pid, pidfd, None, self._launcher_exited)
 
     def _miss(self, launcher: LauncherProcess) -> None:
-        """End a launcher that lives and does not come back: it may be of another version, or stopped."""
+        """End a launcher that lives and does not come back: it may be stopped."""
         if self._launcher is launcher and not launcher.connected and not self._closing:
             self._log.error("launcher missing", pid=launcher.pid, wait_s=RETURN_S)
             launcher.signal(signal.SIGKILL)
+
+    def foreign(self, pid: int, error: CkptdError) -> None:
+        """End the launcher, with its ranks, if it is the process that can't be talked to."""
+        launcher = self._launcher
+        if launcher is not None and launcher.pid == pid and self._foreign is None:
+            self._foreign = f"the launcher could not be taken over: {error.message}"
+            self._log.error("launcher refused", pid=pid, error=str(error))
+            launcher.signal(signal.SIGTERM)
 
     def returned(self, connection: Connection, pid: int, message: Returned) -> None:
         """Take a launcher in that has lost its agent, or its connection; raises `FencedError` for any other one."""
@@ -152,8 +165,9 @@ class Processes:
         connection.send(Adopted())
         self._log.info("launcher returned", pid=pid, ranks=len(ranks))
         for rank, number in ranks.items():
-            if self._living.get(rank, (0, 0))[0] != number:
+            if self._known.get(rank) != number:
                 self._begun(rank, number)
+        self._spawn()
 
     def disconnected(self, connection: Connection) -> None:
         """Take note of a launcher's connection that is closed; one that lives comes back."""
@@ -204,7 +218,7 @@ class Processes:
             return
         if self._launcher is None:
             self._start_launcher()
-        elif self._ready:
+        elif self._ready and self._launcher.connected:
             self._spawn()
 
     def _spawn(self) -> None:
@@ -213,6 +227,7 @@ class Processes:
         (generation, restarts), self._wanted = self._wanted, None
         self._generation = generation
         self._exceptions.clear()
+        self._known.clear()
         self._killing = False
         folder = self._generation_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -311,6 +326,7 @@ class Processes:
                 asyncio.get_running_loop().call_soon(self._exited, message)
 
     def _begun(self, rank: int, pid: int) -> None:
+        self._known[rank] = pid
         self._living[rank] = pid, started(pid)
         self._exits.begin(pid, time.monotonic())
         self._feed(e.RankSpawned(rank, pid))
@@ -335,13 +351,14 @@ class Processes:
         self._launcher = None
         if self._closing:
             return
-        if self._leftover is not None or not (self._ready or self._proven):
+        killed = returncode == -signal.SIGKILL  # nobody does that to itself: another one may live
+        if self._leftover is not None or not (self._ready or self._proven or killed):
             self._never_served(returncode)
             return
         self._ready = False
         if not self._orphans:
             self._orphans.take(self._living)
-        summary = "the launcher is gone" if returncode is None else f"the launcher ended with {_in_words(returncode)}"
+        summary, self._foreign = self._foreign or how_it_ended(returncode), None
         self._feed(e.LauncherExited(Evidence("exit", "launcher", None, 1.0, summary, time.monotonic())))
 
     def _never_served(self, returncode: int | None) -> None:
@@ -363,9 +380,7 @@ class Processes:
     def _launcher_failure(self, returncode: int | None) -> CkptdError:
         log = self._folder / "launcher.log"
         said = " / ".join(last_lines(log, 2)) or "nothing"
-        return JobFailedError(
-            f"the launcher ended with {returncode} before it was ready; it said: {said}", hint=f"see {log}"
-        )
+        return JobFailedError(f"{how_it_ended(returncode)} before it was ready; it said: {said}", hint=f"see {log}")
 
     async def close(self) -> None:
         """End every process of the job and pass on the last of what they printed."""
@@ -380,7 +395,3 @@ class Processes:
         self._orphans.close()
         if self._follower is not None:
             self._follower.close()
-
-
-def _in_words(returncode: int) -> str:
-    return signal.Signals(-returncode).name if returncode < 0 else f"exit code {returncode}"

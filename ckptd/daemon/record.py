@@ -40,23 +40,25 @@ class Record:
         """Whether it is time to write again."""
         return self.urgent or time.monotonic() - self._written_at_s > _EVERY_S
 
-    def write(self, status: dict[str, Any], life: Life) -> None:
-        """Write down how the job is now."""
+    def write(self, status: dict[str, Any], life: Life) -> bool:
+        """Write down how the job is now; return whether that could be done."""
         self._written_at_s, self.urgent = time.monotonic(), False
         entry = entry_now(self._config.name, self._config.to_json(), status, self._pid, self._socket, life=life)
-        self._try(lambda: self._journal.write_job(entry))
+        return self._try(lambda: self._journal.write_job(entry))
 
     def write_incident(self, incident: Incident) -> None:
         """Write down the newest form of an incident."""
         self._try(lambda: self._journal.write_incident(incident))
 
-    def _try(self, write: Callable[[], None]) -> None:
+    def _try(self, write: Callable[[], None]) -> bool:
         try:
             write()
         except CkptdError as error:
             if not self._failed:
                 self._log.error("journal failed", error=str(error))
             self._failed = True
+            return False
+        return True
 
 
 def life_of(
@@ -67,6 +69,7 @@ def life_of(
     incarnation: str,
     back: bool,
     left: JobState | None,
+    stopped: bool,
     slot_bytes: int,
 ) -> Life:
     """Return what the next agent has to know; `back` says whether a job with ranks or a command of its own comes back.
@@ -85,16 +88,18 @@ def life_of(
         handover=machine.handover().to_json(),
         slot_bytes=slot_bytes,
         left="" if left is None else left.value,
+        stopped=stopped,
     )
 
 
 def returns(state: JobState, *, stopped: bool, left: JobState | None) -> bool:
     """Return whether a job is to come back when its service starts again.
 
-    `stopped` says that somebody has ended the job itself, `left` how far it was when its agent began to end.
+    `stopped` says that somebody has ended the job itself: it comes back only to be stopped to its end. `left` is how
+    far it was when its agent began to end.
     """
-    if stopped or state is JobState.FINISHED:
-        return False
     if state not in TERMINAL:
         return True
+    if stopped or state is JobState.FINISHED:
+        return False
     return left is not None and (state is JobState.STOPPED or left is not JobState.DRAINING)

@@ -38,7 +38,10 @@ class Peer:
 
 
 class Server:
-    """Listens at `path`. `on_message(peer, message)` and `on_close(peer)` are called for greeted peers."""
+    """Listens at `path`. `on_message(peer, message)` and `on_close(peer)` are called for greeted peers.
+
+    `on_foreign(pid, error)` is called when a process can't be talked to, since it is of another version.
+    """
 
     def __init__(
         self,
@@ -46,12 +49,14 @@ class Server:
         frameworks: list[dict[str, str]],
         on_message: Callable[[Peer, Message], None],
         on_close: Callable[[Peer], None],
+        on_foreign: Callable[[int, CkptdError], None] = lambda *_: None,
     ) -> None:
         self.path = path
         self.peers: set[Peer] = set()
         self._frameworks = frameworks
         self._on_message = on_message
         self._on_close = on_close
+        self._on_foreign = on_foreign
         self._by_connection: dict[Connection, Peer] = {}
         self._place = Holds()
         self._stream = _listen(path, self._place)
@@ -82,6 +87,7 @@ class Server:
         except CkptdError as error:
             peer.refuse(error)
             connection.close()
+            self._on_foreign(peer.pid, error)
             return
         peer.role = message.role
         self.peers.add(peer)

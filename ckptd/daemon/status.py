@@ -34,6 +34,7 @@ def show(machine: JobMachine, ranks: Mapping[int, Rank]) -> dict[str, Any]:
         ],
         "last_committed": None if last is None else {"step": last.id.step, "tier": last.tier},
         "restarts": machine.recovery.restarts,
+        "error": None if machine.error is None else str(machine.error),
         "hang": None if machine.patience is None else _hang(machine.patience, now_s),
         "warnings": [
             {"kind": item.kind, "rank": item.rank, "summary": item.summary, "since_s": round(now_s - item.since_s, 3)}

@@ -156,7 +156,7 @@ class Supervisor:
         life, handover, pids = legacy.life, legacy.handover, legacy.pids
         if pids and handover.state == JobState.STOPPING.value:
             self.left = JobState(life.left) if life.left else None
-            self.stopping = self.left is None
+            self.stopping = life.stopped or self.left is None
         memory = take_slots(self.config.name, self._arena, self._services.kept, self._log)
         if handover.has_ranks:
             self._checkpoints.adopt(handover.generation)
@@ -198,7 +198,7 @@ class Supervisor:
     def stop(self, grace_s: float, *, checkpoint: bool = True, reason: str = "somebody asked for it") -> None:
         """Stop the job on purpose: with a last checkpoint, and all of it within `grace_s`; or at once."""
         self.stopping = True
-        self.write_down()  # it must not come back if the agent ends meanwhile
+        self.write_down()  # it must not go on if the agent ends meanwhile
         self.feed(e.StopWanted(grace_s, checkpoint, reason))
 
     def leave(self, grace_s: float) -> None:
@@ -255,6 +255,9 @@ class Supervisor:
     # --- effects ----------------------------------------------------------------------------------------------
 
     def _carry_out(self, effects: list[e.Effect]) -> None:
+        released = [(effect.rank, effect.slot) for effect in effects if isinstance(effect, e.Release)]
+        if released and self._arena.kept:
+            self._arena.keep(released, known=self.write_down())
         for effect in effects:
             self._do(effect)
 
@@ -353,8 +356,8 @@ class Supervisor:
         """Return the shape of `ckptctl status --json`."""
         return show(self.machine, self.attendance.admitted)
 
-    def write_down(self) -> None:
-        """Write the job's state to the journal."""
+    def write_down(self) -> bool:
+        """Write the job's state to the journal; return whether that could be done."""
         life = life_of(
             self.machine,
             self.processes,
@@ -362,9 +365,10 @@ class Supervisor:
             incarnation=self.incarnation,
             back=self._services.service and returns(self.machine.state, stopped=self.stopping, left=self.left),
             left=self.left,
+            stopped=self.stopping,
             slot_bytes=self._arena.slot_bytes or self._gate.had_bytes,
         )
-        self._record.write(self.status(), life)
+        return self._record.write(self.status(), life)
 
     # --- the end ----------------------------------------------------------------------------------------------
 

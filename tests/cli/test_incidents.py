@@ -142,6 +142,9 @@ def test_a_traceback_without_a_frame_of_the_users() -> None:
         ),
         ({"consequences": ("rank 0 raised OSError",)}, "then      rank 0 raised OSError"),
         ({"seconds": {"detect": 0.1}}, "took      seen after 100 ms"),
+        ({"seconds": {"detect": 0.0, "kill": 0.02}}, "took      ranks ended 20 ms"),
+        ({"decision": "give up: it is the third: rank 1 was killed by SIGKILL"}, "decision  give up: it is the third"),
+        ({"decision": "give up: rank 1 was killed by SIGKILL"}, "decision  give up"),
     ],
 )
 def test_lines_that_tell_what_happened(facts: dict[str, Any], line: str) -> None:
@@ -163,16 +166,32 @@ TEXTS = st.lists(TEXT, max_size=30).map(tuple)
     seconds=st.dictionaries(st.sampled_from(["detect", "kill", "decide", "start", "total", "odd"]), st.floats(0, 1e9)),
     lost_steps=st.none() | st.integers(0, 10**12),
     closed=st.booleans(),
+    width=st.integers(60, 110),
 )
-def test_every_incident_is_told_in_less_than_twenty_lines(**facts: Any) -> None:
+def test_every_incident_is_told_in_less_than_twenty_lines(width: int, **facts: Any) -> None:
     """Whatever an incident holds, it is told in few lines of bounded width that can't harm a terminal."""
-    lines = tell(incident(**facts))
+    lines = tell(incident(evidence_path="/x", **facts), width)
     assert len(lines) < 20
     for line in lines:
-        assert len(line) <= 110
+        assert len(line) <= width
         assert line.isprintable() or all(char.isprintable() or ord(char) > 127 for char in line)
         assert len(line.splitlines()) == 1
         line.encode()
+
+
+def test_what_is_long_gets_the_room_that_others_leave() -> None:
+    """On a narrow terminal a long cause is told whole, as long as there are lines for it."""
+    cause = "rank 1 is busy (100% of the time, and holds the GIL), in end (train.py:26: while True: pass); " * 3
+    lines = tell(incident(cause=cause), 80)
+    assert len(lines) < 20
+    assert " ".join(" ".join(lines[2:]).split()).startswith(f"cause {cause.strip()} then rank 0")
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_restart_on_purpose_is_no_failure() -> None:
+    """The time of a restart that somebody wanted counts from the request."""
+    lines = tell(incident(kind="requested", cause="a restart from step 7 or before it was asked for"))
+    assert "403 ms from the request to the first step: seen after" in "\n".join(lines)
 
 
 def test_a_path_is_not_cut() -> None:

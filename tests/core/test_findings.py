@@ -79,7 +79,7 @@ def test_different_collectives_are_said_and_nobody_is_blamed(name: str, first: s
     [
         ([waits(0), Look(1, 5, "")], 1, "has ended"),
         ([waits(0), Look(1, 5, "Z")], 1, "has ended"),
-        ([Look(0, 5, "T"), waits(1)], 0, "kill -CONT 5"),
+        ([Look(0, 5, "T"), waits(1)], 0, "is stopped by a signal"),
         ([Look(0, 5, "t"), waits(1)], 0, "debugger"),
         ([waits(0), Look(1, 5, "D", 0.0, "nfs_wait")], 1, "blocked inside the kernel (nfs_wait)"),
         ([waits(0), Look(1, 5, "R", 1.0)], 1, "is busy (100% of the time); its stack could not be read"),
@@ -110,6 +110,14 @@ def test_what_waits_for_its_device_waits() -> None:
         look = Look(0, 5, "R", 1.0, "", stack, step=3)
         assert activity(look).words.startswith("waits in its device")
         assert judge([look, dataclasses.replace(captured("sleep")[1], rank=1)]).culprit == 1
+
+
+def test_one_that_computes_while_another_reads_a_socket_is_to_blame() -> None:
+    """A rank in a socket of its own may wait for the one that is busy, and not the other way round."""
+    reads = dataclasses.replace(captured("socket")[1], rank=0, step=8)
+    found = judge([reads, Look(1, 6, "R", 1.0, step=8)])
+    assert found.culprit == 1
+    assert judge([reads, dataclasses.replace(reads, rank=1)]).culprit is None
 
 
 frames = st.sampled_from([*IN_BACKWARD, *IN_BARRIER, *captured("socket")[1].stack, *captured("loader")[1].stack])

@@ -37,7 +37,7 @@ def test_the_reasons_name_every_check():
     decision = decide((DISK, GPU), 300.0, 300.0)
     assert decision.verdict == "the node is not ready: disk: read-only file system; gpu: GPU 3 is lost"
     assert decision.reasons == (
-        "disk: read-only file system", "gpu: GPU 3 is lost", "it was not for 300 s, and check_wait is 300 s",
+        "disk: read-only file system", "gpu: GPU 3 is lost", "it was not ready for 300 s, and check_wait is 300 s",
     )  # fmt: skip
 
 

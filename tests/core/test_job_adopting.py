@@ -143,6 +143,15 @@ def test_memory_that_was_kept_elsewhere_saves_the_steps(training: Script) -> Non
     assert "claim 2 after g1/s10" in show_all(job)
 
 
+def test_a_rank_knows_better_than_the_journal_what_its_slots_hold(training: Script) -> None:
+    """A slot that a rank says is free is not what it was, whoever has kept its memory: the rank may be writing it."""
+    job, _ = take_over(training, memory=((0, 0), (1, 0)))
+    job.store(last_generation=1)
+    back(job, 0, 14)
+    assert back(job, 1, 14, held(1, "g1/s14")) == ["release 1:1", "log job adopted"]
+    assert job.machine.keeper.book.newest is None
+
+
 def show_all(job: Script) -> list[str]:
     """Return what the last input made the machine want."""
     return job._show(job.effects)

@@ -191,6 +191,7 @@ def test_a_hopeless_flush_at_the_end_is_an_error(training):
     assert hopeless(training) == ["log flush failed", "dismiss 0", "dismiss 1"]
     training.exited(0)
     assert training.exited(1) == ["end failed: JobFailedError: the last snapshot could not be made durable"]
+    assert training.machine.error.message == "the last snapshot could not be made durable"  # for `ckptctl status`
 
 
 def test_a_hopeless_flush_is_not_blamed_on_an_old_exception(training):

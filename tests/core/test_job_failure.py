@@ -116,9 +116,11 @@ def test_a_failed_flush_is_tried_again_later(training):
     assert training.wait(0.9) == []
     assert training.wait(0.2) == ["flush g1/s10"]
     assert training.flush_failed("g1/s10") == ["log flush failed"]
+    assert [item.kind for item in training.machine.warnings] == ["flush"]
     assert training.wait(1.9) == []
     assert training.wait(0.2) == ["flush g1/s10"]
     assert training.committed("g1/s10") == ["log checkpoint committed"]
+    assert list(training.machine.warnings) == []
     assert training.machine.keeper.counters.flush_failures == 2
 
 
@@ -225,6 +227,8 @@ def test_a_restart_on_purpose_is_no_failure(captured):
     captured.die(0)
     assert captured.die(1)[-1] == "claim 2 after g1/s10"
     assert captured.incidents[1].reasons == ("somebody asked for it",)
+    captured.up_to_training(2)
+    assert "incident 2 open: a restart from step 10 or before it was asked for" in captured.feed(e.RestartWanted(10))
 
 
 def test_a_restart_of_what_is_only_starting_is_not_needed(begun):

@@ -6,7 +6,7 @@ import pytest
 
 from ckptd.core.events import RestartWanted, SetupFailed
 from ckptd.core.prune_events import Collect, MakeRoom
-from ckptd.errors import FullError
+from ckptd.errors import FullError, StoreError
 from tests.core.bucket import commit, logged, train, with_bucket
 from tests.core.script import BUCKET, TIER, Script, cid
 
@@ -111,6 +111,20 @@ def test_a_restart_that_finds_no_room_for_its_record():
     assert job.wait(4.1) == ["claim 2 after g1/s20"]
     assert job.claimed(2)[-1] == "spawn generation 2, restart 1"
     assert job.wait(20.0) == []
+
+
+def test_a_state_folder_that_is_full_ends_no_job() -> None:
+    """Proves that a job waits with its restart until the state folder can be written, and pays with no checkpoint."""
+    job = Script(keep=9)
+    train(job)
+    commit(job, 10, 0)
+    commit(job, 20, 1)
+    job.all_die()
+    for _ in range(3):
+        assert job.feed(SetupFailed(StoreError("no space left on device"), passing=True)) == ["log claim postponed"]
+        assert job.wait(4.9) == []
+        assert job.wait(0.2) == ["claim 2 after g1/s20"]
+    assert job.claimed(2)[-1] == "spawn generation 2, restart 1"
 
 
 def test_a_start_that_finds_no_room_for_its_record_is_an_error():

@@ -91,6 +91,7 @@ def test_a_nan_steps_back_to_the_newest_healthy_checkpoint():
     assert "admit 0 to 2 with g1/s12 from local" in (job.claimed(2), job.spawned(), job.joined(0))[2]
     assert job.machine.numbers_to_tell() == {"metric": "loss", "skipped": [(20, 20)]}
     assert job.machine.numbers_status()["bad"] is None
+    assert "back to step 12: the newest healthy one; to skip: step 20" in job.incidents[1].reasons
 
 
 def test_steps_of_which_nothing_is_known_are_skipped_with_the_bad_one():
@@ -166,6 +167,7 @@ def test_where_all_is_suspect_a_job_that_was_resumed_gives_up():
     job.up_to_training(2, first_step=11, restores=True)
     reports(job, 11, value=math.nan)
     assert job.all_die()[-1] == "end failed: JobFailedError: every checkpoint of this job is suspect"
+    assert job.incidents[1].decision == "give up: every checkpoint of this job is suspect"
 
 
 def test_the_same_nan_again_steps_back_further_and_then_gives_up():

@@ -154,7 +154,7 @@ def test_a_damaged_copy_costs_no_restart_and_no_delay(word_first):
             job.die(0)
             job.restore_fails(0, f"g1/s{step}", DAMAGED)
         assert job.die(1)[-1] == f"fetch g1/s{step - 10}"
-        assert job.incidents[generation - 1].reasons == ("a damaged copy is not offered again",)
+        assert job.incidents[generation - 1].reasons == (f"step {step} on {TIER} is damaged, and is not offered again",)
         job.fetched(f"g1/s{step - 10}")
     job.up_to_training(generation + 1, first_step=11, restores=True)
     assert job.all_die()[-1] == "fetch g1/s10"

@@ -121,6 +121,19 @@ def test_a_rank_that_goes_on_is_not_killed(job: Looked) -> None:
     assert job.advance(5) == []
 
 
+def test_a_rank_that_hangs_alone(job: Looked) -> None:
+    """Ranks that wait for nobody go on beside one that hangs: what they do says nothing of it, and it is ended."""
+    lines: list[str] = []
+    for _ in range(60):
+        lines += job.still(0.1)
+        job.step[0] += 1
+        job.beat_s[0] = job.now_s
+        lines += job.progress(job.step[0]) + job.look()
+    assert [line for line in lines if "hang" in line] == ["log hang found", "gather 1: hang of rank 1"]
+    assert "kill 9" in job.gathered(1, "sleeps, in train")
+    assert job.incidents[1].rank == 1
+
+
 def test_a_death_while_evidence_is_gathered(job: Looked) -> None:
     """A rank that dies meanwhile is the cause; there is one incident."""
     job.still(5.2)

@@ -99,7 +99,7 @@ def test_a_failure_that_comes_again_is_met_from_an_older_checkpoint_before_givin
     assert (before.restart, before.at_most_step) == (True, None)
     back = decide(history * limit, RestartPolicy(), OLDER)
     assert (back.restart, back.at_most_step) == (True, 40)
-    assert f"from g2/s40, since the same failure came {limit} times in a row at step 50" in back.reasons
+    assert f"from step 40, since the same failure came {limit} times in a row at step 50" in back.reasons
     last = decide(history * (limit + 1), RestartPolicy(), CheckpointId(2, 30))
     assert not last.restart
     assert last.verdict is not None

@@ -164,6 +164,18 @@ def test_a_skipped_one_is_not_waited_for():
     assert uploads.pinned == frozenset()
 
 
+def test_an_older_one_that_is_lost_after_the_newest_is_not_waited_for():
+    """Proves that the loss of the newest stays known when older ones are lost after it: an ending job would wait."""
+    uploads = Uploads("bucket", 2, 0.0)
+    uploads.offer(cid("g1/s10"))
+    uploads.offer(cid("g1/s20"))
+    for step, now_s in ((20, 0.0), (10, 60.0)):
+        uploads.begun(cid(f"g1/s{step}"), now_s)
+        uploads.failed(cid(f"g1/s{step}"), now_s, retryable=False)
+    assert uploads.hopeless
+    assert not uploads.pending
+
+
 steps = st.lists(
     st.tuples(st.sampled_from(["offer", "begin", "done", "retry", "lose", "trim", "back", "wait"]), st.integers(1, 9)),
     max_size=60,

@@ -12,6 +12,7 @@ import pytest
 
 from ckptd.config import JobConfig
 from ckptd.coordination.embedded import EmbeddedCoordinator
+from ckptd.core.events import Claim, Claimed, SetupFailed
 from ckptd.core.prune_events import MakeRoom, Prune, Pruned, RoomMade
 from ckptd.daemon.arena import Arena, Budget
 from ckptd.daemon.checkpoints import Checkpoints
@@ -115,6 +116,23 @@ def test_what_is_left_is_said_with_its_names(tier: GatedTier, checkpoints: Check
         removed, answer = await checkpoints.prune(order(steps(1, 2), steps(3, 4)))
         assert (removed.errors, committed(tier)) == ([], tuple(steps(1, 3, 4)))
         assert answer == Pruned("local", tuple(steps(1, 2)), {CheckpointId(1, 1): ("paper",)})
+        await checkpoints.close()
+
+    asyncio.run(job())
+
+
+def test_a_state_folder_that_can_not_be_written(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """A generation that can't be claimed for want of room in the state folder is one to be claimed later."""
+    file = tmp_path / "home" / "coordinator.sqlite"
+
+    async def job() -> None:
+        good = file.read_bytes()
+        file.write_bytes(b"no database" * 100)
+        failed = await checkpoints.claim(Claim(2, CheckpointId(1, 4)))
+        assert isinstance(failed, SetupFailed)
+        assert failed.passing
+        file.write_bytes(good)
+        assert await checkpoints.claim(Claim(2, CheckpointId(1, 4))) == Claimed(2)
         await checkpoints.close()
 
     asyncio.run(job())

@@ -15,7 +15,9 @@ import pytest
 import structlog
 
 from ckptd.core.events import End
+from ckptd.core.handover import Handover
 from ckptd.daemon import comeback
+from ckptd.daemon.adopting import legacy_of
 from ckptd.daemon.comeback import Comebacks, forget, judge, retry_s
 from ckptd.daemon.fdstore import FdStore
 from ckptd.daemon.living import boot_id, is_alive, signal_to, started
@@ -43,6 +45,8 @@ def entry(job: str = "gpt", state: str = "running", **life: Any) -> JobEntry:
         ("finished", {}, False, False, "it is finished"),
         ("failed", {}, False, False, "it is failed"),
         ("running", {}, True, False, "nothing of it is left to do for a service"),
+        ("stopping", {"comes_back": True, "stopped": True}, True, True, "its processes have gone on"),
+        ("stopping", {"comes_back": True, "stopped": True}, False, False, "it was stopping on purpose"),
     ],
 )
 def test_which_jobs_come_back(state: str, life: dict[str, Any], alive: bool, back: bool, reason: str) -> None:
@@ -255,6 +259,53 @@ def test_a_stop_that_was_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert len(agent.asked) == 2
 
     play(tmp_path, [entry(comes_back=True, **alive)], scene, monkeypatch)
+
+
+@pytest.mark.parametrize("has_ranks", [True, False])
+def test_a_job_that_was_being_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_ranks: bool) -> None:
+    """Ranks of a job that somebody was stopping when its agent died are stopped; a launcher without any is ended."""
+    launcher = subprocess.Popen(["sleep", "600"])
+    mine = {"boot_id": boot_id(), "launcher_pid": launcher.pid, "launcher_started": started(launcher.pid)}
+    handover = Handover("running" if has_ranks else "draining", 1, pids={0: launcher.pid}).to_json()
+    life = {"incarnation": "a", "handover": handover, "ranks_started": {"0": started(launcher.pid)}, **mine}
+
+    async def scene(agent: Agent, comebacks: Comebacks) -> None:
+        comebacks.begin()
+        assert agent.asked == (["gpt"] if has_ranks else [])
+        found = agent.journal.read_job("gpt")
+        assert found is not None
+        legacy = legacy_of(found)
+        assert legacy is not None
+        assert legacy.handover.state == ("stopping" if has_ranks else "draining")
+        assert found.life.comes_back is has_ranks
+        if not has_ranks:
+            assert await asyncio.to_thread(launcher.wait, 30) == -signal.SIGTERM
+
+    try:
+        play(tmp_path, [entry("gpt", "stopping", comes_back=True, stopped=True, **life)], scene, monkeypatch)
+    finally:
+        launcher.kill()
+        launcher.wait()
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"offer": ["g1/s10"]},
+        {"pids": [7]},
+        {"halting": {"until_s": 7}},
+        {"halting": {"began_s": 1.0, "limit_at_s": 2.0, "leave_by_s": None, "conditions": {"at_dawn": True}}},
+        {"recovery": {"failures": [{"what": "it fell over"}]}},
+        {"recovery": {"incident": {"number": 1}}},
+    ],
+)
+def test_what_another_version_has_written(strange: dict[str, Any]) -> None:
+    """A job that is not understood is none whose ranks can go on, and its launcher is there to be ended."""
+    handover = {**Handover("running", 1, pids={0: 7}).to_json(), **strange}
+    life = {"boot_id": boot_id(), "incarnation": "a", "launcher_pid": 7, "handover": handover}
+    legacy = legacy_of(entry("gpt", comes_back=True, **life))
+    assert legacy is not None
+    assert (legacy.handover.has_ranks, legacy.has_living(), legacy.life.launcher_pid) == (False, False, 7)
 
 
 @pytest.mark.parametrize("attempts", [4, 5, 50])

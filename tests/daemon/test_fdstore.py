@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from ckptd.daemon.arena import Arena, Budget
 from ckptd.daemon.fdstore import FdStore, page_name, slot_name
-from tests.daemon.harness import open_descriptors
+from ckptd.errors import StoreError
+from tests.daemon.harness import AgentThread, Node, open_descriptors
 
 MIB = 2**20
 
@@ -55,6 +57,64 @@ def test_without_systemd_nothing_is_told(manager: socket.socket) -> None:
     manager.setblocking(False)
     with pytest.raises(BlockingIOError):
         manager.recv(1000)
+
+
+def test_a_slot_that_the_journal_does_not_know_is_not_kept(manager: socket.socket) -> None:
+    """While the journal can't be written, no slot that changes is left to the next agent; afterwards all are again."""
+    arena = Arena("job", Budget(), 2, FdStore({"NOTIFY_SOCKET": "here"}, os.getpid()))
+    arena.reserve(0, MIB, ())
+    arena.keep([(0, 0)], known=True)
+    assert [heard(manager)[0].split("/")[-1] for _ in range(2)] == ["slot0", "slot1"]
+    arena.keep([(0, 1)], known=False)
+    assert heard(manager) == ("FDSTOREREMOVE=1\nFDNAME=job/0/slot1", 0)
+    arena.reserve(0, 3 * MIB, (0,))  # what lies in slot 0 is needed; slot 1 is made anew, and slot 2
+    assert [heard(manager)[0] for _ in range(2)] == [
+        "FDSTOREREMOVE=1\nFDNAME=job/0/slot1",
+        "FDSTORE=1\nFDNAME=job/0/slot2",
+    ]
+    arena.keep([(0, 0)], known=True)
+    assert heard(manager) == ("FDSTORE=1\nFDNAME=job/0/slot1", 1)
+    arena.close()
+
+
+def test_no_slot_changes_before_the_journal_knows(
+    manager: socket.socket, start_agent: Callable[..., AgentThread], node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank may write a slot again when the next agent would not take it any more for what it has held."""
+    agent = start_agent()
+    agent.call(lambda: setattr(agent.agent.kept, "wanted", True))
+    (rank,) = node.attach(1, every=0.05)
+    job, before = agent.job(), agent.job().attendance.release
+    let_go: list[bool] = []
+    """Whether the journal says of a slot that is let go of that it holds something."""
+
+    def release(number: int, slot: int) -> None:
+        entry = agent.agent.journal.read_job("job")
+        assert entry is not None
+        let_go.append(slot in [shard[0] for shard in entry.life.handover["shards"].get("0", [])])
+        before(number, slot)
+
+    monkeypatch.setattr(job.attendance, "release", release)
+    rank.train_until(lambda: len(let_go) >= 3, "slots that are used again")
+    assert not any(let_go)
+
+    def full(_: object) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(job.attendance, "release", before)
+    monkeypatch.setattr(agent.agent.journal, "write_job", full)
+    told: list[str] = []
+
+    def removed() -> bool:
+        manager.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            told.append(manager.recv(4096).decode())
+        return any(text.startswith("FDSTOREREMOVE=1\nFDNAME=job/0/slot") for text in told)
+
+    rank.train_until(removed, "a slot that is kept no more")
+    rank.do("run.close()")
+    agent.close()
+    manager.setblocking(True)
 
 
 def test_what_was_left_is_taken_over_once(manager: socket.socket) -> None:

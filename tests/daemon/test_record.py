@@ -30,7 +30,8 @@ STOPPED, FAILED, FINISHED = JobState.STOPPED, JobState.FAILED, JobState.FINISHED
         (FINISHED, False, RUNNING, False),
         (STOPPED, False, None, False),  # by its own time limit
         (FAILED, False, None, False),
-        (RUNNING, True, None, False),  # `ckptctl stop` is under way
+        (RUNNING, True, None, True),  # `ckptctl stop` is under way, and is to come to its end
+        (STOPPED, True, None, False),
         (STOPPED, True, RUNNING, False),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 
 import ckptd
 from ckptd.daemon.living import started
+from ckptd.protocol.messages import PROTOCOL_VERSION
 from tests.crash import state as crash_state
 from tests.end_to_end.harness import LIGHT, SCRIPTS, World
 from tests.waiting import PATIENCE_S, until
@@ -92,13 +95,18 @@ def service(light: World) -> Service:
     return Service(light)
 
 
-def check_end(world: World, steps: int) -> None:
-    """Check that the light job ended as one does that was never interrupted."""
+def check_state(world: World, steps: int) -> None:
+    """Check that the light job has ended with the state of one that was never interrupted."""
     for rank in range(2):
         wanted = crash_state.fresh(rank)
         for step in range(1, steps + 1):
             crash_state.advance(wanted, step)
         assert json.loads((world.folder / f"end-{rank}.json").read_text()) == crash_state.digests(wanted)
+
+
+def check_end(world: World, steps: int) -> None:
+    """Check that the light job ended as one does that was never interrupted, and that its checkpoints are good."""
+    check_state(world, steps)
     assert all(item["intact"] for item in world.json("verify", JOB))
     assert world.json("ls", JOB)[0]["step"] == steps
 
@@ -264,6 +272,46 @@ def test_an_upgrade(light: World, service: Service, tmp_path: Path) -> None:
     service.ended()
     assert json.loads(max(light.store.glob("*/g*/s*/manifest.json")).read_text())["producer"]["ckptd"] == "99.0"
     check_end(light, 400)
+
+
+def test_upgrades_that_speak_another_protocol(light: World, service: Service, tmp_path: Path) -> None:
+    """What an agent can't talk to is ended, whether it can read the journal or not, and the job begins again at once.
+
+    Nothing of the old generation trains on beside the new one.
+    """
+    service.train(300)
+    before = service.pids()
+    for version, renamed in ((98, "refused"), (99, "declined")):
+        newer = tmp_path / str(version)
+        shutil.copytree(Path(ckptd.__file__).parent, newer / "ckptd")
+        protocol, handover = newer / "ckptd" / "protocol" / "message.py", newer / "ckptd" / "core" / "handover.py"
+        text = re.sub(r"(?m)^PROTOCOL_VERSION = \d+$", f"PROTOCOL_VERSION = {version}", protocol.read_text())
+        protocol.write_text(text)
+        handover.write_text(handover.read_text().replace('"refused"', f'"{renamed}"'))
+        service.kill()
+        light.env["PYTHONPATH"] = f"{newer}:{light.env.get('PYTHONPATH', '')}"
+        service.start()
+        until(lambda: service.events("launcher ready")[version - 97 :], "the next launcher")  # noqa: B023 - called here
+        assert not any(map(started, before))
+    until(lambda: service.events("job ended"), "the end of the job")
+    service.agent.send_signal(signal.SIGTERM)
+    service.agent.wait(PATIENCE_S)
+    check_state(light, 300)
+    versions = f"this client speaks protocol version {PROTOCOL_VERSION}, this side 98"
+    assert [item["cause"] for item in light.incidents_now(JOB)] == [f"the launcher could not be taken over: {versions}"]
+
+
+def test_a_stop_that_was_cut_short(light: World, service: Service) -> None:
+    """A job that somebody was stopping when its agent died is stopped by the next one, with its last checkpoint."""
+    service.train(100_000, every="1h")
+    first, _ = service.pids()
+    os.kill(first, signal.SIGSTOP)
+    assert light.ctl("stop", JOB, "--no-wait").returncode == 0
+    service.kill()
+    os.kill(first, signal.SIGCONT)
+    service.start()
+    status = service.ended("stopped")
+    assert status["last_committed"]["step"] == status["step"]
 
 
 def test_an_agent_dies_while_ranks_wait_for_their_last_commit(light: World, service: Service) -> None:

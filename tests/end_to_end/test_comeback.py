@@ -135,7 +135,8 @@ def test_one_that_can_not_come_back_is_said_and_can_be_stopped(light: World, ali
     until(lambda: "job stays away" in light.output(agent), "the reason")
     assert "gone.py" in light.output(agent)
     stopped = light.ctl("stop", "job")
-    assert (stopped.returncode, stopped.stdout) == (0, "job job: stopped\n")
+    assert stopped.returncode == 0
+    assert stopped.stdout.startswith("job job: stopped")
     until(lambda: len(light.processes()) == 1, "the end of its launcher and ranks")
     assert (light.status("job") or {})["state"] == "stopped"
     agent.send_signal(signal.SIGTERM)

@@ -212,13 +212,14 @@ def test_a_stop_with_a_grace_and_one_without_checkpoint(light: World) -> None:
     world = light
     run = world.run(LIGHT, FOREVER, PAUSE, every="1h")
     world.until_training("train", 5)
-    assert world.ctl("stop", "train", "--grace", "20s").stdout == "job train: stopped\n"
+    stopped = "job train: stopped; its newest checkpoint is step "
+    assert world.ctl("stop", "train", "--grace", "20s").stdout.startswith(stopped)
     world.finish(run, code=75)
     assert [item["grace_s"] for item in said(world, run, "stopping")] == [20]
     before = newest(world)
     run = world.run(LIGHT, FOREVER, PAUSE, every="1h")
     world.until_training("train", before["local"] + 5, generation=2)
-    assert world.ctl("stop", "train", "--no-checkpoint").stdout == "job train: stopped\n"
+    assert world.ctl("stop", "train", "--no-checkpoint").stdout == f"{stopped}{before['local']} on local\n"
     world.finish(run, code=75)
     assert newest(world) == before
     refused = world.ctl("stop", "train", "--grace", "soon")

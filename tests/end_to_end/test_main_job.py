@@ -44,7 +44,7 @@ def test_a_run_checkpoints_and_every_verb_answers_after_it(world: World) -> None
     assert status["last_committed"] == {"step": 60, "tier": "local"}
     assert set(status) == {
         "job", "state", "generation", "step", "ranks", "last_committed", "restarts", "scrub", "numbers", "hang",
-        "warnings", "halt",
+        "warnings", "halt", "error",
     }  # fmt: skip
     assert [set(rank) for rank in status["ranks"]] == [{"rank", "pid", "state", "step", "section"}] * 2
     assert world.json("incidents", "train") == []
@@ -169,7 +169,7 @@ def test_the_running_job_answers_too(light: World) -> None:
     assert f"restarting from step {step};" in world.ctl("restart", "train", "--from", str(step)).stdout
     world.until_training("train", step + 1, generation=3)
     assert world.incidents("train")[-1]["restored"]["step"] == step
-    assert world.ctl("stop", "train").stdout == "job train: stopped\n"
+    assert world.ctl("stop", "train").stdout.startswith("job train: stopped; its newest checkpoint is step ")
     world.finish(run, code=75)
 
 

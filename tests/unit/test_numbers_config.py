@@ -34,7 +34,7 @@ def test_what_can_be_said(said: object, means: NumbersPolicy) -> None:
     ("said", "says"),
     [
         ("stepback", "the policy of numbers is 'stepback'"),
-        ("warn,off", "'warn,off' is not understood"),
+        ("warn,off", "numbers 'warn,off' is not understood"),
         ("warn,window=many", "numbers.window is 'many'"),
         ("warn,healthy=2.5", "numbers.healthy is '2.5'"),
         ("warn,healthy=0", "numbers.healthy is 0"),

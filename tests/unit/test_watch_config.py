@@ -33,7 +33,7 @@ def test_hang(written: object, meant: HangConfig | None) -> None:
     [
         (True, "hang is True"),
         (5, "hang is 5"),
-        ("5s", "'5s' is not understood"),
+        ("5s", "hang '5s' is not understood"),
         ({"bottom": "5s"}, "no setting 'bottom'"),
         ({"floor": "0.1s"}, "the floor of hang is 0.1 s"),
         ({"floor": "20m"}, "ceiling of hang is below"),

@@ -112,8 +112,7 @@ def activity(look: Look) -> Activity:
         case "Z" | "X":
             return Activity(Doing.GONE, "has ended, and its parent has not taken note yet")
         case "T":
-            words = f"is stopped by a signal (SIGSTOP or SIGTSTP); kill -CONT {look.pid} would let it go on"
-            return Activity(Doing.STOPPED, words + _at(look.stack))
+            return Activity(Doing.STOPPED, "is stopped by a signal (SIGSTOP or SIGTSTP)" + _at(look.stack))
         case "t":
             return Activity(Doing.STOPPED, "is held by a debugger" + _at(look.stack))
         case "D":

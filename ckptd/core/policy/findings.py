@@ -14,6 +14,8 @@ from ckptd.core.policy.activities import Activity, Doing, Look, activity
 
 _FAULTS = (Doing.GONE, Doing.STOPPED, Doing.BLOCKED)
 _OWN = (Doing.ELSEWHERE, Doing.UNKNOWN)
+_MAY_WAIT = ("waits for a socket", "waits for the network", "waits for a connection")
+"""What a rank may well be doing that waits for another one, by means that nobody knows here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,10 @@ def _among_the_living(
         own = [rank for rank, item in doing.items() if item.doing is kind]
         if not own or (kind is Doing.UNKNOWN and not waiting and len(doing) > 1):
             continue
+        active = [rank for rank in own if not doing[rank].words.startswith(_MAY_WAIT)]
         rank = own[0] if len(own) == 1 else _behind(own, steps)
+        if rank is None and len(active) == 1:
+            rank = active[0]
         if rank is None and waiting:
             rank = own[0]
         if rank is not None:

@@ -44,6 +44,6 @@ def decide(unfit: Sequence[Unfit], waited_s: float, limit_s: float) -> GateDecis
     reasons = tuple(map(str, unfit))
     verdict = f"the node is not ready: {'; '.join(reasons)}"
     if waited_s >= limit_s:
-        waited = f"it was not for {waited_s:.0f} s, and check_wait is {limit_s:g} s"
+        waited = f"it was not ready for {waited_s:.0f} s, and check_wait is {limit_s:g} s"
         return GateDecision("refuse", (*reasons, waited), verdict=verdict)
     return GateDecision("wait", reasons, min(RETRY_S, limit_s - waited_s), verdict)

@@ -104,7 +104,7 @@ def again(limit: Limit, times: int, policy: HangPolicy) -> Limit:
     if not times or limit.seconds >= policy.ceiling_s:
         return limit
     seconds = min(policy.ceiling_s, limit.seconds * _AGAIN_FACTOR**times)
-    return Limit(seconds, f"it was {limit.seconds:.3g} s, and the job came no further than this step before")
+    return Limit(seconds, f"more than {limit.seconds:.3g} s, since it hung here before")
 
 
 def counted_s(gap_s: float) -> float:

@@ -98,7 +98,9 @@ def decide(failures: Sequence[Failure], policy: RestartPolicy, older: Checkpoint
         )
     reasons = [f"restart {spent} of at most {policy.max_restarts} {within}"]
     if repeated == limit and older is not None:
-        reasons.append(f"from {older}, since the same failure came {repeated} times in a row at step {last.step}")
+        reasons.append(
+            f"from step {older.step}, since the same failure came {repeated} times in a row at step {last.step}"
+        )
     quick = _quick_and_fruitless(failures, policy.quick_s)
     delay_s = 0.0 if quick < 2 else min(policy.backoff_max_s, policy.backoff_base_s * 2 ** min(quick - 2, 60))
     if delay_s:

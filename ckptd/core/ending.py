@@ -180,7 +180,8 @@ class Ending:
             event = JobEvent.HALT  # as it was wanted, and said
         elif error is None and (lost or self._gone_with_agent is not None):
             event = JobEvent.GIVE_UP
-            error = JobFailedError("the last snapshot could not be made durable", hint="see the flush errors in the log")
+            hint = "see the flush errors in the log"
+            error = JobFailedError("the last snapshot could not be made durable", hint=hint)
         elif error is None and missing:
             event = JobEvent.GIVE_UP
             error = JobFailedError(

@@ -71,10 +71,6 @@ def test_an_exception_of_the_script_is_not_tried_for_ever(world: World) -> None:
     assert words.count("Traceback (most recent call last)") == 1
     assert re.search(r'File ".*/train.py", line \d+, in <module>', words)
     assert "launcher" not in words
-    assert (
-        "ckptctl: error: the same failure 4 times in a row at step 39: rank 1 raised ValueError: no good at step 40"
-        in words
-    )
     incidents = world.incidents("train")
     tries = len(incidents)  # a third time, and once more if there was an older checkpoint to begin with
     assert [item["failed_step"] for item in incidents] == [39] * tries

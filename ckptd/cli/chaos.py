@@ -56,6 +56,8 @@ class _Done:
 
     at: float
     kind: str
+    before: frozenset[int]
+    """The incidents that there were already."""
 
 
 def register(verbs: Any) -> None:
@@ -94,7 +96,7 @@ def register(verbs: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Do what is wanted, say each fault, and sum up what became of the job."""
     world_size = int(known_job(options.job).config.get("nproc", 1))
-    before = {item["number"] for item in open_journal().read_incidents(options.job)}
+    before = _numbers(options.job)
     planned = _explicit(options) if options.at else _random(options, world_size)
     done: list[_Done] = []
     code = 0
@@ -180,14 +182,18 @@ def _spans(options: argparse.Namespace) -> tuple[float, float]:
 def _inflict(job: str, planned: Planned) -> _Done:
     """Have the agent do a fault, and say it."""
     fault = planned.fault
-    pid = known_job(job).agent_pid
+    pid, before = known_job(job).agent_pid, _numbers(job)
     result = ask_owner(job, m.Fault(job, fault.to_json()), _CALL_DEADLINE_S)
     at = time.time()
     what = result["what"] + (", within the restart" if planned.follows else "")
     print(f"{when(at)}  {what}, at step {result['step']} of generation {result['generation']}", flush=True)
     if fault.kind == "agent":
         _until_agent_is_back(job, pid)
-    return _Done(at, fault.kind)
+    return _Done(at, fault.kind, before)
+
+
+def _numbers(job: str) -> frozenset[int]:
+    return frozenset(item["number"] for item in open_journal().read_incidents(job))
 
 
 def _until_agent_is_back(job: str, pid: int) -> None:
@@ -209,13 +215,14 @@ def _until_trains(job: str, last: _Done | None) -> None:
         seen = last.kind not in _MAKE_INCIDENTS or any(
             item["failed_at"] > last.at - _BEFORE_S and "total" in item["seconds"]
             for item in open_journal().read_incidents(job)
+            if item["number"] not in last.before
         )
         if status["state"] not in _GOING_ON or (seen and status["state"] == "running"):
             return
         time.sleep(_POLL_S)
 
 
-def _sum_up(job: str, before: set[int], done: list[_Done]) -> None:
+def _sum_up(job: str, before: frozenset[int], done: list[_Done]) -> None:
     """Show the incidents since, and what they cost together."""
     incidents = [item for item in open_journal().read_incidents(job) if item["number"] not in before]
     print()

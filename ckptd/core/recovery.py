@@ -111,7 +111,10 @@ class Recovery:
                 )
             )
         fields = {"cause": evidence.summary, "rank": evidence.rank, "step": step}
-        return [*effects, Log("rank failed", fields, level="error"), e.Record(self.incident.snapshot())]
+        said = Log("generation failed", fields, level="error")
+        if self._on_purpose:
+            said = Log("restart requested", {"reason": evidence.summary, "step": step})
+        return [*effects, said, e.Record(self.incident.snapshot())]
 
     def also_failed(self, evidence: Evidence, last_lines: tuple[str, ...] = ()) -> list[Effect]:
         """Take in a rank that went down in the open incident: a consequence, or the cause that was not known yet."""

@@ -191,7 +191,7 @@ def kill_once(job: Job, rank: int, chance: random.Random) -> dict[str, Any]:
     result: dict[str, Any] = {"recovered": True, "total": at[-1] - killed_s, "lost steps": before - restored}
     result["phases"] = {name: end - begin for name, begin, end in zip(PHASES, at, at[1:], strict=False)}
     if job.contender.script == "ckptd":
-        failed = [line for line in job.log() if line.get("event") == "rank failed"][-1]
+        failed = [line for line in job.log() if line.get("event") == "generation failed"][-1]
         result["detect"] = datetime.fromisoformat(failed["timestamp"]).timestamp() - killed_at
     return result
 

@@ -128,7 +128,7 @@ def test_a_rank_that_died_meanwhile_is_a_failure_like_any_other(training: Script
     job, _ = take_over(training)
     job.store("g1/s10", last_generation=1)
     back(job, 0, 14, held(0, "g1/s10"))
-    assert job.die(1) == ["log rank failed", "incident 1 open: rank 1 was killed by signal 9", "kill 9"]
+    assert job.die(1) == ["log generation failed", "incident 1 open: rank 1 was killed by signal 9", "kill 9"]
     assert job.die(0)[-1] == "fetch g1/s10"
     job.fetched("g1/s10")
     assert job.claimed(2)[0] == "log generation started"
@@ -176,7 +176,7 @@ def test_a_rank_that_lives_and_does_not_come_back(training: Script) -> None:
     back(job, 0, 14, held(0, "g1/s10"))
     assert job.wait(SAY_MISSING_S) == ["log ranks missing"]
     assert job.wait(1.0) == []
-    assert job.wait(job.machine.spec.return_s)[0] == "log rank failed"
+    assert job.wait(job.machine.spec.return_s)[0] == "log generation failed"
     assert job.incidents[1].cause == "rank 1 did not come back to the new agent within 600 s"
 
 
@@ -268,7 +268,7 @@ def test_orphans_capture_once_more(training: Script) -> None:
     assert training.feed(e.LauncherExited(LAUNCHER)) == ["log launcher lost"]
     assert "announce 15" in training.progress(14)
     training.all_sealed(15, 1)
-    assert training.wait(0.1) == ["log rank failed", "incident 1 open: the launcher is gone", "kill 9"]
+    assert training.wait(0.1) == ["log generation failed", "incident 1 open: the launcher is gone", "kill 9"]
     training.exited(0)
     assert training.exited(1)[-1] == "claim 2 after g1/s15"
 
@@ -283,7 +283,7 @@ def test_orphans_that_take_too_long(training: Script) -> None:
 def test_an_orphan_that_dies(training: Script) -> None:
     """A rank that ends without its launcher ends the wait; the launcher is the cause."""
     training.feed(e.LauncherExited(LAUNCHER))
-    assert training.die(0)[:2] == ["log rank failed", "incident 1 open: the launcher is gone"]
+    assert training.die(0)[:2] == ["log generation failed", "incident 1 open: the launcher is gone"]
 
 
 def test_a_launcher_that_died_with_its_agent(training: Script) -> None:
@@ -305,7 +305,7 @@ def test_a_launcher_that_dies_before_its_ranks_are_there() -> None:
     job.store()
     job.claimed(1)
     lines = job.feed(e.LauncherExited(LAUNCHER))
-    assert lines[0] == "log rank failed"
+    assert lines[0] == "log generation failed"
     assert lines[-1] == "claim 2 after None"
 
 

@@ -41,7 +41,7 @@ def test_the_first_rank_begins_the_job(attached):
 
 def test_ranks_that_come_back_get_what_memory_holds(running):
     """Proves that a foreign launcher's restart restores from memory: nobody is killed or spawned by us."""
-    assert running.die(1) == ["log rank failed", "incident 1 open: rank 1 was killed by signal 9"]
+    assert running.die(1) == ["log generation failed", "incident 1 open: rank 1 was killed by signal 9"]
     assert running.die(0) == ["incident 1 open: rank 1 was killed by signal 9"]
     assert running.state == "pending"
     assert running.joined(0, pid=201) == ["read store"]
@@ -87,7 +87,7 @@ def test_even_a_clean_end_before_all_have_come_is_one(attached):
     attached.claimed(1)
     attached.left(0, 0)
     assert attached.exited(0) == [
-        "log rank failed", "incident 1 open: rank 0 ended before every rank had joined",
+        "log generation failed", "incident 1 open: rank 0 ended before every rank had joined",
         "incident 1 open: rank 0 ended before every rank had joined",
     ]  # fmt: skip
     assert attached.state == "pending"

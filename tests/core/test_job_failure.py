@@ -17,7 +17,7 @@ def launcher_end():
 def test_a_rank_killed_before_the_first_step_starts_the_job_afresh(starting):
     """Proves that with nothing sealed and nothing stored a death leads to a new generation from nothing."""
     starting.joined(0)
-    assert starting.die(1) == ["log rank failed", "incident 1 open: rank 1 was killed by signal 9", "kill 9"]
+    assert starting.die(1) == ["log generation failed", "incident 1 open: rank 1 was killed by signal 9", "kill 9"]
     assert starting.state == "fenced"
     assert starting.die(0) == ["incident 1 open: rank 1 was killed by signal 9", "claim 2 after None"]
     assert starting.claimed(2) == [
@@ -30,7 +30,7 @@ def test_a_kill_costs_the_steps_since_the_newest_snapshot(captured):
     """Proves the whole recovery: pinned snapshot, kill, claim, offer from memory, lost steps, closed by a commit."""
     captured.now_s = 15.0
     captured.progress(13)
-    assert captured.die(1) == ["log rank failed", "incident 1 open: rank 1 was killed by signal 9", "kill 9"]
+    assert captured.die(1) == ["log generation failed", "incident 1 open: rank 1 was killed by signal 9", "kill 9"]
     assert captured.die(0)[-1] == "claim 2 after g1/s10"
     assert captured.claimed(2)[1:] == [
         "incident 1 open: rank 1 was killed by signal 9, lost 3", "spawn generation 2, restart 1",
@@ -57,7 +57,7 @@ def test_a_death_in_the_middle_of_a_capture_voids_the_snapshot(captured):
     assert captured.progress(19) == ["announce 20"]
     captured.sealed(0, 20, slot=1)
     assert captured.die(1) == [
-        "log rank failed", "incident 1 open: rank 1 was killed by signal 9",
+        "log generation failed", "incident 1 open: rank 1 was killed by signal 9",
         "announce None", "log snapshot abandoned", "release 0:1", "kill 9",
     ]  # fmt: skip
     assert captured.die(0)[-1] == "claim 2 after g1/s10"
@@ -198,7 +198,7 @@ def test_a_launcher_that_dies_before_its_ranks_train(captured):
     captured.all_die()
     captured.up_to_joined(2)
     assert captured.feed(e.LauncherExited(launcher_end()))[-3:] == [
-        "log rank failed", "incident 2 open: the launcher ended with SIGKILL", "kill 9",
+        "log generation failed", "incident 2 open: the launcher ended with SIGKILL", "kill 9",
     ]  # fmt: skip
     captured.exited(0)
     assert captured.exited(1)[-1] == "claim 3 after g1/s10"
@@ -222,7 +222,7 @@ def test_a_launcher_that_ends_while_the_ranks_are_killed_changes_nothing_else(ca
 def test_a_restart_on_purpose_is_no_failure(captured):
     """Proves that an operator's restart goes through the same path, and is not held against the script."""
     assert captured.feed(e.RestartWanted()) == [
-        "log rank failed", "incident 1 open: a restart was asked for", "kill 9",
+        "log restart requested", "incident 1 open: a restart was asked for", "kill 9",
     ]  # fmt: skip
     captured.die(0)
     assert captured.die(1)[-1] == "claim 2 after g1/s10"

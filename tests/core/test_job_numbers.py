@@ -81,7 +81,7 @@ def test_a_nan_steps_back_to_the_newest_healthy_checkpoint():
     job = trained(STEP_BACK, 12, 18, upto=19)
     cause = "rank 0 reported loss nan at step 20; step 19 was the last healthy one"
     assert reports(job, 20, value=math.nan) == [
-        "log numbers suspect", "log rank failed", f"incident 1 open: {cause}", "kill 9",
+        "log numbers suspect", "log generation failed", f"incident 1 open: {cause}", "kill 9",
     ]  # fmt: skip
     assert job.incidents[1].kind == "nan"
     lines = job.all_die()

@@ -256,7 +256,7 @@ def test_a_step_back_leaves_newer_ones_out_of_the_lineage(captured):
     """Proves that after a restart from an older step the newer ones are not offered, in memory or on the disk."""
     captured.capture(20, 1)
     captured.committed("g1/s20")
-    assert captured.feed(e.RestartWanted(15))[0] == "log rank failed"
+    assert captured.feed(e.RestartWanted(15))[0] == "log restart requested"
     captured.die(0)
     assert captured.die(1)[-1] == "fetch g1/s10"
     assert captured.fetched("g1/s10") == ["claim 2 after g1/s10"]

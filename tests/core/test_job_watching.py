@@ -81,7 +81,7 @@ def test_a_hang_is_gathered_then_killed(job: Looked) -> None:
     assert job.state == "running"
     assert job.still(1.0) == []
     lines = job.gathered(1, "is stopped by a signal (SIGSTOP or SIGTSTP), in train")
-    assert lines[0] == "log rank failed"
+    assert lines[0] == "log generation failed"
     assert lines[1].startswith("incident 1 open: rank 1 is stopped by a signal")
     assert "kill 9" in lines
     assert job.state == "fenced"

@@ -96,7 +96,7 @@ class Store:
         log = self.world.output(self.daemon)
         assert server.SECRET_KEY not in log
         assert "Traceback" not in log
-        failed = [item for item in self.said(0) if item["event"] == "rank failed"]
+        failed = [item for item in self.said(0) if item["event"] == "generation failed"]
         assert len(failed) == failures, "training was disturbed"
         self.daemon.send_signal(signal.SIGTERM)
         self.world.finish(self.daemon)
@@ -149,7 +149,7 @@ def test_a_disk_that_is_wiped_under_a_job(store: Store) -> None:
     shutil.rmtree(world.store / JOB)
     until(lambda: store.here() > before, "a commit after the disk was wiped")
     store.until_there("the loss of the disk")
-    assert not [item for item in store.said(0) if item["event"] == "rank failed"], "training was disturbed"
+    assert not [item for item in store.said(0) if item["event"] == "generation failed"], "training was disturbed"
     os.kill(store.daemon.pid, signal.SIGKILL)
     store.daemon.wait()
     world.until_empty()

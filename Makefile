@@ -25,7 +25,7 @@ demo-s3: venv
 	PYTHONPATH=. $(BIN)/python examples/demo_s3.py
 
 test: venv lint
-	$(BIN)/python -m pytest -n 3 --dist loadgroup -m 'not chaos and not faults and not cuda and not systemd'
+	$(BIN)/python -m pytest -n 3 --dist loadgroup -m 'not chaos and not faulttable and not faults and not cuda and not systemd'
 
 lint: venv
 	$(BIN)/ruff check
@@ -39,7 +39,7 @@ chaos: venv
 
 # Every way in which a job can fail, as a table: found after, steps lost, verdict.
 faulttable: venv
-	CKPTD_FAULT_TABLE=build/fault-table.md $(BIN)/python -m pytest -n 0 -s tests/faults
+	CKPTD_FAULT_TABLE=build/fault-table.md $(BIN)/python -m pytest -m faulttable -n 0 -s tests/faults
 
 # An object store that fails in every way: a proxy with faults before a real server, with stalls as long as real ones.
 faults: venv

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _UNTIL, _NAME = int(Word.SECTION_UNTIL_NS), int(Word.SECTION)
 _NAME_BYTES = SECTION_WORDS * 8
+_LONGEST_S = 10.0**9
 
 
 class _Inside(NamedTuple):
@@ -44,7 +45,7 @@ class Sections:
         self._entered += 1
         until_ns = NEVER + self._entered  # another number each time: whoever looks sees that something has happened
         if deadline_s is not None:
-            until_ns = monotonic_ns() + round(deadline_s * 1e9)
+            until_ns = monotonic_ns() + round(min(deadline_s, _LONGEST_S) * 1e9)
         if self._inside and self._inside[-1].until_ns < NEVER:
             until_ns = min(until_ns, self._inside[-1].until_ns)
         inside = _Inside(until_ns, memoryview(name.encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")).cast("Q"))

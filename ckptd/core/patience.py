@@ -74,6 +74,10 @@ class Patience:
         self._limits: dict[int, Limit] = {}
         self._captures: deque[float] = deque(maxlen=_CAPTURES)
         self._hung_at: dict[int, int] = {}
+        self._no_hang_s = 0.0
+        """The longest step that was called a hang before it was let come to its end."""
+        self._first_step_s = 0.0
+        """How long the first step of this generation took."""
         self._looked_s: float | None = None
         self._grace_s = 0.0
 
@@ -85,7 +89,7 @@ class Patience:
     def begin(self) -> None:
         """Forget where the ranks were: others come now."""
         self._lives.clear()
-        self.stepped_s = None
+        self.stepped_s, self._first_step_s = None, 0.0
 
     def captured(self, seconds: float) -> None:
         """Learn how long a capture has kept a rank."""
@@ -146,6 +150,8 @@ class Patience:
         if life is None:
             life = self._lives[sample.rank] = _Life(sample, sample.at_s)
             self._enter(life, sample)
+            if sample.beat_ns:  # it has finished steps that nobody has looked at
+                life.steps, life.marred = 1, True
         elif life.sample.sign != sample.sign:
             if sample.step > life.sample.step:
                 self._stepped(life, sample)
@@ -165,7 +171,7 @@ class Patience:
 
     def _stepped(self, life: _Life, sample: Sample) -> None:
         """Learn from a finished step, unless it was the first or nobody can say how long it took by itself."""
-        if life.sample.phase in _BEGINNING:
+        if life.sample.phase in _BEGINNING and not sample.beat_ns:
             return  # it has restored
         self.stepped_s = sample.at_s
         if life.steps and not life.marred:
@@ -173,7 +179,11 @@ class Patience:
             times = self._times.setdefault(sample.rank, deque(maxlen=hang.WINDOW))
             times.append(max(0.0, seconds))
             self._limits[sample.rank] = hang.learned(times, self.policy)
-            self.limit = max(self._limits.values())
+            if life.sample.step in self._hung_at and seconds > self.limit.seconds:
+                self._no_hang_s = max(self._no_hang_s, seconds)
+            self.limit = hang.borne_out(max(self._limits.values()), self._no_hang_s)
+        if not life.steps:
+            self._first_step_s = max(self._first_step_s, life.idle_s)
         life.steps += 1
         life.boundary_ns = sample.beat_ns
         life.marred = sample.section_until_ns > 0
@@ -186,12 +196,15 @@ class Patience:
             return Limit(life.section_s, f"the deadline of section {sample.section!r}")
         if sample.phase == "capturing":
             return hang.of_capture(self._captures, self.limit, policy)
-        if sample.phase == "leaving" or sample.phase in ("joining", "restoring"):
+        if sample.phase in ("joining", "restoring", "leaving", "raised"):
+            life.excuses = sample.phase != "raised"
             return Limit(policy.ceiling_s, "the ceiling")
         if not life.steps:
             return Limit(policy.first_s, "before the first step and in it")
-        life.excuses = False
-        return hang.again(self.limit, times, policy)
+        limit = hang.again(self.limit, times, policy)
+        warm = limit if life.steps >= hang.ENOUGH else hang.after_the_first(limit, self._first_step_s, policy)
+        life.excuses = warm > limit
+        return warm
 
     # --- the verdict ------------------------------------------------------------------------------------------
 

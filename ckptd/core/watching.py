@@ -121,7 +121,6 @@ class Watching(Failing):
             self.patience.convicted(suspicion.hung.step)
         evidence = sharpened(suspicion.evidence, suspicion.seen, gathered)
         effects = self._fail(evidence, (), suspicion.found)
-        self._suspicion = None
         effects += self._gathered(gathered, now)
         return effects + self._end_ranks(generation, now)
 
@@ -135,9 +134,10 @@ class Watching(Failing):
 
     def _fail(self, evidence: Evidence, last_lines: tuple[str, ...], now: Now) -> list[Effect]:
         """Fail; of a death evidence is gathered beside, which nobody waits for. Of a hang it is there already."""
+        suspicion, self._suspicion = self._suspicion, None  # it is none of the next generation's, which may begin soon
         effects = super()._fail(evidence, last_lines, now)
         incident = self.recovery.incident
-        if self._suspicion is not None or incident is None or evidence.kind == "requested":
+        if suspicion is not None or incident is None or evidence.kind == "requested":
             return effects
         return [Gather(incident.incident.number, incident.incident.generation, evidence), *effects]
 
@@ -188,6 +188,8 @@ def _seen(hung: Hung) -> str:
         return f"has been in section {sample.section!r} {since}"
     if sample.phase == "absent":
         return f"has not attached {since}"
+    if sample.phase == "raised":
+        return f"has raised an exception and has not ended {since}"
     doing = "" if sample.phase == "training" else f" and is {sample.phase}"
     return f"has not finished a step after step {hung.step}{doing} {since}"
 

@@ -224,7 +224,10 @@ class Agent:
             elif isinstance(message, m.Raised):
                 if message.job in self.jobs:
                     exception = requests.exception_of(message)
-                    self.jobs[message.job].raised(peer.pid, message.rank, message.generation, exception)
+                    uncaught = peer not in self._ranks  # told by the launcher's hook, when all blocks are left
+                    self.jobs[message.job].raised(
+                        peer.pid, message.rank, message.generation, exception, uncaught=uncaught
+                    )
             elif isinstance(message, m.Rejoin):
                 self._rejoin(peer, message)
             elif isinstance(message, m.Returned):

@@ -172,6 +172,11 @@ class Attendance:
         if number in self.admitted and self.admitted[number].peer.pid == pid:
             self.admitted[number].exception = exception
 
+    def unwinding(self, pid: int, number: int) -> None:
+        """Note that nobody has caught what a rank raised: it is as good as ended, and missed if it does not end."""
+        if number in self.admitted and self.admitted[number].peer.pid == pid:
+            self.admitted[number].unwinding = True
+
     def disconnected(self, rank: Rank) -> None:
         """Take note of a rank that closed its connection, unless it is about to end anyway."""
         admitted = self.admitted.get(rank.rank) is rank
@@ -183,7 +188,7 @@ class Attendance:
     def _still_disconnected(self, rank: Rank) -> None:
         generation = self._machine.generation
         gone = generation is None or rank.rank in generation.gone
-        if self.admitted.get(rank.rank) is rank and not gone:
+        if self.admitted.get(rank.rank) is rank and not gone and not rank.unwinding:
             self._log.warning("rank disconnected", rank=rank.rank, hint="it trains on unprotected; its stderr says why")
             self._feed(e.RankLeft(rank.rank, rank.step or 0))
 

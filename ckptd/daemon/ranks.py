@@ -49,6 +49,8 @@ class Rank:
         self.left = False
         self.ended = False
         """Whether we have killed it."""
+        self.unwinding = False
+        """Whether nobody has caught what it raised: nothing but its way out is left of its process."""
         self.exception: RaisedException | None = None
         self.numbers: Mapping[str, Any] = {}
         """What it is told of reports when it is let in, as `Admitted` says."""

@@ -212,10 +212,14 @@ class Supervisor:
         if halt.preempt_notice is not None:
             self.stop(halt.grace_s, reason=await leaving.until_notice(halt.preempt_notice, self._log))
 
-    def raised(self, pid: int, number: int, generation: int, exception: RaisedException) -> None:
+    def raised(
+        self, pid: int, number: int, generation: int, exception: RaisedException, *, uncaught: bool = False
+    ) -> None:
         """Remember what a rank says of its end, until the end itself is seen."""
         if self.processes is not None:
             self.processes.raised(number, generation, exception)
+            if uncaught:
+                self.attendance.unwinding(pid, number)
         else:
             self.attendance.raised(pid, number, exception)
 

@@ -66,7 +66,7 @@ class Watcher:
         for rank in self._attendance.admitted.values():
             if rank.page is None:
                 continue
-            sample = _sample(rank.rank, rank.page, at_s)
+            sample = _sample(rank, rank.page, at_s)
             samples.append(sample)
             past = self._history[rank] = history.get(rank) or deque(maxlen=_HISTORY)
             if not past or past[-1].sign != sample.sign or at_s - past[-1].at_s >= _SAMPLE_EVERY_S:
@@ -97,7 +97,7 @@ class Watcher:
         self._gathering.add(work)
         try:
             bundle = await work
-        except CkptdError as error:
+        except (CkptdError, RuntimeError) as error:  # no thread can be started where processes are too many
             self._log.error("evidence lost", incident=number, error=str(error))
             return Gathered(number, None)
         finally:
@@ -124,14 +124,14 @@ class Watcher:
         return views
 
 
-def _sample(number: int, page: ControlPage, at_s: float) -> Sample:
+def _sample(rank: Rank, page: ControlPage, at_s: float) -> Sample:
     words = page.words
     until_ns = words[Word.SECTION_UNTIL_NS]
     return Sample(
-        number,
+        rank.rank,
         words[Word.STEP],
         words[Word.BEAT_NS],
-        page.phase.name.lower(),
+        page.phase.name.lower() if not rank.unwinding else "raised",
         at_s,
         words[Word.WAITED_NS],
         until_ns,

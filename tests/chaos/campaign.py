@@ -35,7 +35,7 @@ SIGNALS = (9, 9, 11, 6)
 WEIGHTS = {"kill": 8, "exception": 3, "launcher": 1, "agent": 2, "stop": 1, "nan": 1, "slow": 1, "full-disk": 2}
 """How often each kind is drawn, in shares; hangs take seconds to be found by design."""
 FOR_S, PAUSE_S = 1.0, 0.2
-SETTINGS = {"hang": {"floor": "2s", "first": "60s"}, "numbers": {"policy": "step_back"}}
+SETTINGS = {"hang": {"floor": "2s", "first": "60s", "ceiling": "60s"}, "numbers": {"policy": "step_back"}}
 WIDTH = 20_000
 """Of a layer: some 10 MiB of state a rank, so that captures and flushes take long enough to be hit."""
 

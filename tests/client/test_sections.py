@@ -96,6 +96,13 @@ def test_a_deadline_that_cannot_be_read(agent: FakeAgent, run: Run, capsys: pyte
     assert "the deadline of a section 'soon' is no duration" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("deadline", [1e12, 1e308, "1000000d"])
+def test_a_deadline_beyond_all_time(agent: FakeAgent, run: Run, deadline: str | float) -> None:
+    """Who writes a huge number means that it may take as long as it likes, and the page has room for no more."""
+    with run.section("eval", deadline=deadline):
+        assert 10**9 < agent.page.words[_UNTIL] / 1e9 < NEVER / 1e9
+
+
 @pytest.mark.parametrize("deadline", ["soon", "-1s", 0, -5, float("inf"), float("nan")])
 def test_a_strict_run_refuses_a_wrong_deadline(deadline: str | float) -> None:
     """Who asks for it hears of the mistake at once."""

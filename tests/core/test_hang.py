@@ -2,68 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptd.core.patience import Hung, Patience
 from ckptd.core.policy import hang
-from ckptd.core.policy.hang import NO_DEADLINE_NS, HangPolicy, Limit, Sample
+from ckptd.core.policy.hang import NO_DEADLINE_NS, HangPolicy, Limit
+from tests.core.looks import POLICY, TICK_S, Job
 
-POLICY = HangPolicy()
-TICK_S = 0.05
 step_times = st.lists(st.floats(0.0005, 400.0), min_size=hang.ENOUGH, max_size=hang.WINDOW)
-
-
-class Job:
-    """Ranks in lock-step whose pages are looked at each tick; time is a number."""
-
-    def __init__(self, policy: HangPolicy = POLICY, ranks: int = 2) -> None:
-        self.policy = policy
-        self.patience = Patience(policy)
-        self.now_s = 1000.0
-        self.ranks = range(ranks)
-        self.step = dict.fromkeys(self.ranks, 0)
-        self.beat_s = dict.fromkeys(self.ranks, 0.0)
-        self.phase = dict.fromkeys(self.ranks, "training")
-        self.until_ns = dict.fromkeys(self.ranks, 0)
-        self.hung: Hung | None = None
-
-    def look(self) -> Hung | None:
-        """Look at all pages now."""
-        self.hung = self.hung or self.patience.look(self.now_s, [self.sample(rank) for rank in self.ranks])
-        return self.hung
-
-    def sample(self, rank: int) -> Sample:
-        """What a page says."""
-        beat_ns = round(self.beat_s[rank] * 1e9)
-        return Sample(rank, self.step[rank], beat_ns, self.phase[rank], self.now_s, 0, self.until_ns[rank], "eval")
-
-    def wait(self, seconds: float) -> Hung | None:
-        """Let time pass, with a look at each tick; returns what was found, and stops there."""
-        end_s = self.now_s + seconds
-        while self.now_s < end_s - 1e-9 and self.hung is None:
-            self.now_s = min(end_s, self.now_s + TICK_S)
-            self.look()
-        return self.hung
-
-    def steps(self, times_s: Iterable[float], ranks: Iterable[int] | None = None) -> None:
-        """Let ranks finish a step after each of these times; nobody may be called hung meanwhile."""
-        for seconds in times_s:
-            self.wait(seconds)
-            assert self.hung is None, self.hung
-            for rank in self.ranks if ranks is None else ranks:
-                self.step[rank] += 1
-                self.beat_s[rank] = self.now_s
-            self.look()
-
-    def until_hung(self, at_most_s: float) -> float:
-        """Wait for the verdict, and return how long that took."""
-        begin_s = self.now_s
-        assert self.wait(at_most_s) is not None, f"not hung after {at_most_s} s: {self.patience.limit}"
-        return self.now_s - begin_s
 
 
 # --- the limit ----------------------------------------------------------------------------------------------------
@@ -324,6 +271,18 @@ def test_a_phase_that_cannot_be_learned_has_the_ceiling(phase: str) -> None:
     assert job.hung.rank == 1
 
 
+def test_a_rank_that_raised_and_does_not_end() -> None:
+    """It has the ceiling for its way out; who waits for it waits no longer than for anybody else."""
+    job = Job()
+    job.steps([0.1] * 20)
+    job.phase[1] = "raised"
+    assert job.until_hung(10) <= POLICY.floor_s + 3 * TICK_S
+    job = Job(ranks=1)
+    job.steps([0.1] * 20)
+    job.phase[0] = "raised"
+    assert POLICY.ceiling_s <= job.until_hung(700) <= POLICY.ceiling_s + 0.5
+
+
 def test_a_capture_that_never_ends() -> None:
     """A rank that stands still in a capture is found as soon as captures of that length are known."""
     job = Job()
@@ -354,37 +313,3 @@ def test_restored_steps_are_not_learned() -> None:
     assert job.patience.stepped_s is None
     job.steps([2.0, 0.1, 0.1, 0.1])
     assert job.patience.limit.seconds == POLICY.floor_s
-
-
-# --- over generations ---------------------------------------------------------------------------------------------
-
-
-def test_what_was_learned_outlives_a_generation() -> None:
-    """After a restart the first step may take long again, and the second one no longer than before."""
-    job = Job()
-    job.steps([0.1] * 20)
-    job.patience.begin()
-    job.step = dict.fromkeys(job.ranks, 10)
-    job.steps([100.0])
-    assert job.until_hung(10) <= POLICY.floor_s + 3 * TICK_S
-
-
-def test_the_same_step_again_is_given_more_time() -> None:
-    """A long evaluation that nobody declared is called a hang a few times at most, and never once it is over."""
-    restarts, done = 0, False
-    job = Job()
-    job.steps([0.1] * 20)
-    while not done:
-        if job.wait(60) is None:
-            done = True
-            break
-        assert job.hung is not None
-        job.patience.convicted(job.hung.step)
-        restarts += 1
-        job.hung = None
-        job.patience.begin()
-        job.step = dict.fromkeys(job.ranks, 15)
-        job.steps([0.1] * 5)
-    assert restarts == 2
-    job.steps([0.1] * (hang.WINDOW + 1))
-    assert job.until_hung(10) <= POLICY.floor_s + 3 * TICK_S, "the step has passed, and with it the patience"

@@ -144,6 +144,16 @@ def test_a_death_while_evidence_is_gathered(job: Looked) -> None:
     assert len(job.incidents) == 1
 
 
+def test_a_suspicion_ends_with_its_generation(job: Looked) -> None:
+    """A rank that dies meanwhile may be replaced before the next tick, and who comes then is not judged for it."""
+    job.still(5.2)
+    job.all_die()
+    job.up_to_training(2)
+    assert job.state == "running"
+    assert "kill 9" not in job.gathered(1, "is busy")
+    assert job.state == "running"
+
+
 def test_survivors_of_a_hang_are_consequences(job: Looked) -> None:
     """Ranks that ckptd kills after a hang are not taken for its cause."""
     job.still(5.2)

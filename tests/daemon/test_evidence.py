@@ -159,6 +159,29 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, start: Star
         collect(order(tmp_path, start(SLEEPS)))
 
 
+def test_where_no_thread_can_be_started(tmp_path: Path) -> None:
+    """A node without room for another thread costs the evidence, by ckptd's own error: the agent has to go on."""
+    script = """
+import os, pathlib, resource, sys, threading
+from ckptd.daemon.evidence.collect import Order, RankView, collect
+from ckptd.errors import AgentError
+from ckptd.types import Evidence
+size_bytes = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+threading.stack_size(2**26)
+resource.setrlimit(resource.RLIMIT_AS, (size_bytes + 2**25, -1))
+evidence = Evidence("hang", "hang", None, 0.9, "it stands still", 1.0)
+ranks = [RankView(0, os.getpid(), None, (), None, None)]
+try:
+    collect(Order(pathlib.Path(sys.argv[1]), "gpt", 1, evidence, ranks))
+except AgentError as error:
+    print(error.message)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "1")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"evidence was not written to {tmp_path / '1'}: can't start new thread\n"
+
+
 def test_without_py_spy_the_kernel_still_says_who_works(
     tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

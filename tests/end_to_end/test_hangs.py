@@ -73,6 +73,15 @@ def test_a_stopped_rank_can_go_on(light: World) -> None:
     light.finish(run, code=75)
 
 
+def test_a_rank_that_raised_and_does_not_end(light: World) -> None:
+    """Where nobody waits for it in a collective it is found all the same, though it has left its block."""
+    bounds = ("--hang", "floor=1s,ceiling=3s,first=3s")
+    light.finish(light.run("lingers.py", 60, 30, nproc=1, options=bounds))
+    (incident,) = light.incidents("lingers")
+    assert "it has raised an exception and has not ended" in incident["cause"]
+    assert incident["consequences"] == ["rank 0 raised ValueError: no good"]
+
+
 def test_a_deadlocked_collective(world: World) -> None:
     """Two ranks that wait for each other in different collectives are ended together, and do not meet that again."""
     world.finish(world.run("collective.py", 60, "deadlock", 30, options=BOUNDS))

@@ -21,7 +21,7 @@ from tests.faults.job import EVERY_S, NAME, Ends, Job
 from tests.faults.surroundings import Clock, MemoryGroup, fill
 from tests.faults.table import Outcome, Table
 
-pytestmark = [pytest.mark.xdist_group("faults"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.faulttable, pytest.mark.timeout(180)]
 
 LIMIT_S = 10.0
 """Until anything is found, a hang too, with steps of 0.1 s or less; figures are in the table."""
@@ -61,7 +61,11 @@ def suffer(job: Job, table: Table, fault: str, act: Callable[[Job], float]) -> d
         new = [item for item in job.incidents() if item["number"] not in known]
         return new[0] if new and "total" in new[0]["seconds"] else None
 
-    incident = until(recovered, f"the recovery from {fault}; {job.log()[-3000:]}")
+    try:
+        incident = until(recovered, f"the recovery from {fault}")
+    except AssertionError as error:
+        there = [(process.pid, process.status(), process.name()) for process in job.world.processes()]
+        raise AssertionError(f"{error}; {there}; {job.status()}; {job.incidents()[-1:]}; {job.log()[-3000:]}") from None
     after = job.until_training(generation=before["generation"] + 1)
     until(lambda: ends.last_at, f"the end of the last rank after {fault}")
     found_s, gone_s = incident["failed_at"] - at, ends.last_at - at

@@ -45,9 +45,10 @@ class Sample(NamedTuple):
     rank: int
     step: int
     beat_ns: int
-    """The rank's monotonic time at its last boundary."""
+    """The rank's monotonic time at its last boundary; 0 before the first one of its process."""
     phase: str
-    """As `ckptctl status` shows it; "absent" for a rank that has not attached and should."""
+    """As `ckptctl status` shows it; "absent" for a rank that has not attached and should, "raised" for one that has
+    told of an exception and has not ended."""
     at_s: float
     """The agent's monotonic time of the look."""
     waited_ns: int = 0
@@ -94,6 +95,23 @@ def of_capture(times_s: Sequence[float], step: Limit, policy: HangPolicy) -> Lim
     longest_s = max(times_s)
     limit = Limit(_USUAL_FACTOR * longest_s, f"{_USUAL_FACTOR:g} x the longest capture of {longest_s:.3g} s")
     return Limit(max(step.seconds, min(limit.seconds, policy.ceiling_s)), limit.rule) if limit > step else step
+
+
+def after_the_first(limit: Limit, first_step_s: float, policy: HangPolicy) -> Limit:
+    """Return the limit of the few steps after a generation's first one, which took so long.
+
+    What was compiled or cached in the first step may have to be once more in the next ones.
+    """
+    seconds = min(policy.first_s, _ALLOWED_FACTOR * first_step_s)
+    return max(limit, Limit(seconds, f"{_ALLOWED_FACTOR:g} x the first step of {first_step_s:.3g} s"))
+
+
+def borne_out(limit: Limit, longest_s: float) -> Limit:
+    """Return the limit of a job that was called hung for what then took `longest_s` and was none; 0: it never was.
+
+    What comes now and then, such as an evaluation that nobody declared, would be called a hang each time.
+    """
+    return max(limit, Limit(_ALLOWED_FACTOR * longest_s, f"{_ALLOWED_FACTOR:g} x {longest_s:.3g} s, which was no hang"))
 
 
 def again(limit: Limit, times: int, policy: HangPolicy) -> Limit:

@@ -91,16 +91,19 @@ def _gather(steps: Mapping[str, Step], until_s: float, *, gently: bool) -> tuple
             be_nice()
         try:
             done[name] = step()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             problems[name] = f"{name}: {error!r}"
 
-    threads = {
-        name: threading.Thread(target=take, args=(name, step), daemon=True, name="ckptd-evidence")
-        for name, step in steps.items()
-    }
-    for thread in threads.values():
-        thread.start()
-    for thread in threads.values():
+    threads = []
+    for name, step in steps.items():
+        thread = threading.Thread(target=take, args=(name, step), daemon=True, name="ckptd-evidence")
+        try:
+            thread.start()
+        except RuntimeError as error:  # a node on which processes are too many may fail for that very reason
+            problems[name] = f"{name}: {error}"
+        else:
+            threads.append(thread)
+    for thread in threads:
         thread.join(max(0.0, until_s - time.monotonic()))
     missing = [problems.get(name, f"{name}: not there when time was up") for name in steps if name not in done]
     return [done[name] for name in steps if name in done], missing
@@ -118,7 +121,11 @@ def _write(order: Order, pieces: list[Piece], until_s: float) -> None:
         folders.prune(order.folder.parent)
 
     thread = threading.Thread(target=write, daemon=True, name="ckptd-evidence")
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        hint = "there may be too many processes, or too little memory"
+        raise AgentError(f"evidence was not written to {order.folder}: {error}", hint=hint) from error
     thread.join(max(0.0, until_s - time.monotonic()))
     if failed:
         raise failed[0]

@@ -46,9 +46,9 @@ class HaltConfig:
         _require(0 <= self.margin_s < math.inf, f"margin is {self.margin_s} s", 'write it like "10s"; "0" for none')
         _require(self.after_step is None or self.after_step >= 1, f"after_step is {self.after_step}", "from 1 on")
         notice = self.preempt_notice
-        _require(
-            notice is None or bool(notice.removeprefix(NOTICE_FILE).strip()), "preempt_notice is empty", _NOTICE_EXAMPLE
-        )
+        if notice is not None:
+            _require(bool(notice.removeprefix(NOTICE_FILE).strip()), "preempt_notice is empty", _NOTICE_EXAMPLE)
+            _require("\0" not in notice, "preempt_notice has a zero byte", _NOTICE_EXAMPLE)
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that crosses the socket and stands in the journal."""

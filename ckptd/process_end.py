@@ -1,8 +1,8 @@
-"""The end of a process whose threads may still wait for an object store.
+"""The end of a process whose threads may still wait for an object store, or for a disk that hangs.
 
-The interpreter joins the threads of executors before it ends, and one of them may be in a request that takes as long
-as its timeout. Whoever ended the job gives it a grace, and kills it after that: its exit code, which says that the job
-can be resumed, would be lost. What such a request leaves behind the next start goes on with.
+Event loop and interpreter join the threads of executors before they end, and one of them may be in a request that takes
+as long as its timeout. Whoever ended the job gives it a grace, and kills it after that: its exit code, which says that
+the job can be resumed, would be lost. What such a request leaves behind the next start goes on with.
 """
 
 from __future__ import annotations
@@ -11,10 +11,22 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 _PREFIX = "ckptd-"
 """How the names of all threads of ours begin: those of a program that this runs inside are none of its business."""
 _WAIT_S = 0.5
+
+
+class Unawaited(ThreadPoolExecutor):
+    """An event loop's threads, for which it does not wait at its end; see `end_without_waiting`."""
+
+    def __init__(self) -> None:
+        super().__init__(thread_name_prefix=f"{_PREFIX}work")
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002 - as it is defined
+        """Take no more work; who is at work goes on."""
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
 
 
 def end_without_waiting(code: int) -> int:

@@ -15,11 +15,11 @@ trap 'kill -USR1 "$run" 2>/dev/null' USR1
 trap 'kill -TERM "$run" 2>/dev/null' TERM
 
 wait "$run"
-code=$?
 while kill -0 "$run" 2>/dev/null; do # a signal ends the wait, but not the command
     wait "$run"
-    code=$?
 done
+wait "$run" # which has ended, maybe just after a signal: now it is its own code
+code=$?
 if [ "$code" -eq 75 ]; then # stopped on purpose, and resumable
     scontrol requeue "$SLURM_JOB_ID"
 fi

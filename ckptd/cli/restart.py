@@ -15,7 +15,8 @@ def register(verbs: Any) -> None:
         "restart",
         help="restart a whole running job",
         description="Restart a whole running job from its newest snapshot, or from an older checkpoint: what is newer "
-        "than that is left behind for good. A job that waits to be restarted is restarted at once.",
+        "than that is left behind for good. A job that waits to be restarted is restarted at once. Ranks that another "
+        "launcher has started are killed, at which it starts new ones.",
     )
     parser.add_argument("job", metavar="JOB")
     parser.add_argument(

@@ -22,6 +22,7 @@ from ckptd.errors import RESUMABLE, ConfigError
 from ckptd.halt_config import HaltConfig, read_halt
 from ckptd.log import set_up
 from ckptd.numbers_config import read_numbers
+from ckptd.process_end import Unawaited
 from ckptd.store_config import read_stores
 from ckptd.units import parse_duration
 from ckptd.watch_config import HangConfig, read_hang
@@ -235,6 +236,7 @@ def _signals(text: str) -> list[signal.Signals]:
 
 
 async def _serve(agent_config: AgentConfig, config: JobConfig, numbers: Sequence[signal.Signals]) -> e.End:
+    asyncio.get_running_loop().set_default_executor(Unawaited())
     agent = Agent(agent_config, foreground=True, on_agent_loss="end")
     try:
         job = agent.submit(config)

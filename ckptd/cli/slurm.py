@@ -18,7 +18,7 @@ def end_time(environ: Mapping[str, str]) -> float | None:
     if job is None:
         return None
     told = environ.get("SLURM_JOB_END_TIME", "")
-    if told.isdecimal():
+    if told.isdecimal() and int(told):
         return float(told)
     try:
         answer = subprocess.run(

@@ -58,7 +58,13 @@ class Adopting(Failing):
         """Return what the next agent has to know, should there be one."""
         generation = self.generation
         if generation is None:
-            return Handover(self.state.value, recovery=self.recovery.history(), halting=self.bounds_now())
+            return Handover(
+                self.state.value,
+                refused=frozenset(self.offers.refused),
+                at_most_step=self.offers.at_most_step,
+                recovery=self.recovery.history(),
+                halting=self.bounds_now(),
+            )
         shards: dict[int, list[HeldShard]] = {}
         for snapshot in self.keeper.book.complete:
             for rank, shard in snapshot.shards.items():
@@ -80,6 +86,7 @@ class Adopting(Failing):
             shards={rank: tuple(held) for rank, held in shards.items()},
             parents=dict(self.keeper.parents),
             refused=frozenset(self.offers.refused),
+            at_most_step=self.offers.at_most_step,
             recovery=self.recovery.history(),
             halting=self.bounds_now(),
         )
@@ -92,10 +99,11 @@ class Adopting(Failing):
         self.recovery.recall(handover.recovery)
         left_s = self.recall_bounds(handover.halting, now)
         self.offers.refused |= handover.refused
+        self.offers.at_most_step = handover.at_most_step
         self.keeper.book.whole = handover.whole
         self._last_generation = handover.generation
         for number, parent in handover.parents.items():
-            self.keeper.begin(number, parent, now.s)
+            self.keeper.resume(number, parent, now.s)
         if handover.generation:
             self.generation = self._taken_over(handover)
         self._told = {(rank, shard.slot): shard for rank, shards in handover.shards.items() for shard in shards}
@@ -202,6 +210,8 @@ class Adopting(Failing):
         trusted = {shard.id for shard in told}
         shards, self._found, self._told = self._found, {}, {}
         whole = {item for item in trusted if sum(shard.id == item for shard in told) == self.spec.world_size}
+        line = self.offers.reachable(self.keeper.book.complete)
+        self.keeper.health.resume(self._adopted, self.keeper.parents.get(self._adopted), line)
         effects = self.keeper.adopt(shards, trusted, now.s)
         self._miss_newest(whole)
         wanted, self._stop_wanted = self._stop_wanted, None

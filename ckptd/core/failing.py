@@ -127,8 +127,7 @@ class Failing(Scrubbing):
     def _step_back(self, step: int) -> None:
         """Have the next generation begin no later than at `step`, and nothing newer be begun with ever after."""
         self.keeper.book.refuse_newer_than(step)
-        limit = self.offers.at_most_step
-        self.offers.at_most_step = step if limit is None else min(limit, step)
+        self.offers.at_most_step = step
 
     def _restart_wanted(self, event: e.RestartWanted, now: Now) -> list[Effect]:
         live = self.state in LIVE and self.generation is not None and bool(self.generation.pids)

@@ -29,6 +29,8 @@ class Gating(Watching):
         """Whether a plan waits for the node."""
         self._fit_at_s: float | None = None
         self._unfit_since_s: float | None = None
+        self.node_refused = False
+        """Whether the job has ended since its node was not fit, which may pass."""
 
     def begin(self) -> list[Effect]:
         """Start the job, and look at the node meanwhile."""
@@ -83,7 +85,7 @@ class Gating(Watching):
         ]
 
     def _refuse(self, verdict: str, reasons: tuple[str, ...], now: Now) -> list[Effect]:
-        self._unfit_since_s = None
+        self._unfit_since_s, self.node_refused = None, True
         self.warnings.clear(NOT_READY)
         evidence = Evidence("gate", NOT_READY, None, 1.0, verdict, now.s, facts=reasons)
         effects = self.recovery.refused(

@@ -82,6 +82,20 @@ class Halting(Ending):
 
     # --- what follows from it ---------------------------------------------------------------------------------
 
+    def _stop(self, event: e.StopWanted, now: Now) -> list[Effect]:
+        """Stop, with no more grace than there is time."""
+        left = self.time_left(now)
+        if left is not None:
+            event = dataclasses.replace(event, grace_s=min(event.grace_s, halt.grace_within(left)))
+        return super()._stop(event, now)
+
+    def _drain(self, now: Now) -> list[Effect]:
+        """End the job; where nobody has asked for the end, its time is what bounds the wait for an upload."""
+        left = self.time_left(now)
+        if left is not None and self.leave_by_s is None:
+            self.leave_by_s = now.s + halt.grace_within(left)
+        return super()._drain(now)
+
     def _halt_wanted(self, event: HaltWanted) -> list[Effect]:
         self.conditions = event.conditions
         if self.state in (*LIVE, JobState.FENCED, JobState.BACKOFF, JobState.PREPARING):

@@ -40,6 +40,8 @@ class Handover:
     """What the generations of this run have begun with."""
     refused: frozenset[Source] = frozenset()
     """Copies that failed to restore."""
+    at_most_step: int | None = None
+    """Where the next generation is to begin at the latest, when the job steps back."""
     recovery: Mapping[str, Any] = field(default_factory=dict)
     """The failures so far, as `Recovery.history` has them."""
     halting: Mapping[str, Any] = field(default_factory=dict)
@@ -68,6 +70,7 @@ class Handover:
                 str(number): None if parent is None else list(parent) for number, parent in self.parents.items()
             },
             "refused": sorted(_source(source) for source in self.refused),
+            "at_most_step": self.at_most_step,
             "recovery": dict(self.recovery),
             "halting": dict(self.halting),
         }
@@ -93,6 +96,7 @@ class Handover:
                 for number, parent in data["parents"].items()
             },
             refused=frozenset(map(_read_source, data["refused"])),
+            at_most_step=data.get("at_most_step"),  # an older version does not know it
             recovery=dict(data["recovery"]),
             halting=dict(data["halting"]),
         )

@@ -59,6 +59,11 @@ class Health:
         self._line = set(line)
         self._open = self._line - self.healthy
 
+    def resume(self, generation: int, parent: CheckpointId | None, line: Iterable[CheckpointId]) -> None:
+        """Go on with a generation that another agent has begun: what it has written down of `line` holds."""
+        self.read(line)
+        self._generation, self._began_at = generation, 0 if parent is None else parent.step
+
     def begin(self, generation: int, parent: CheckpointId | None) -> None:
         """Begin a generation: what is newer than `parent` is none of its past."""
         self.read(item for item in {*self._line, parent} if item is not None and parent is not None and item <= parent)

@@ -91,12 +91,16 @@ class Keeper:
 
     def begin(self, generation: int, parent: CheckpointId | None, now_s: float) -> None:
         """Begin a generation; what older generations left in memory stays until something newer is complete."""
+        self.resume(generation, parent, now_s)
+        self.health.begin(generation, parent)
+
+    def resume(self, generation: int, parent: CheckpointId | None, now_s: float) -> None:
+        """Go on with a generation that was begun before; of its checkpoints the health may be known."""
         self.generation = generation
         self.parents[generation] = parent
         self._last, self.ending, self.last_step = None, False, None
         self.cadence = Cadence(self.every_s, now_s)
         self.tiers.begin(generation, parent)
-        self.health.begin(generation, parent)
         if self._wished:
             self.cadence.hurry(now_s)
 
@@ -171,7 +175,7 @@ class Keeper:
             step, self.last_step = max(decision.step, self.last_step or 0), None
             snapshot = self.book.announce(CheckpointId(self.generation, step), now_s)
             self._last = snapshot.id if self.ending else None
-            if self._wished:
+            if self._wished or self.ending:  # the last one is wanted whoever asked for it
                 self._wished, self._answer = False, snapshot.id
             self.cadence.captured(now_s)
             log = Log("capture announced", {"step": step}, level="debug")

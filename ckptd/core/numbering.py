@@ -19,7 +19,7 @@ from ckptd.core.job_spec import JobSpec, Now
 from ckptd.core.job_states import JobState
 from ckptd.core.number_events import Marked, Report, Reported
 from ckptd.core.policy.numbers import NAN, SPIKE, Finding, judge
-from ckptd.core.restore import MEMORY, Source
+from ckptd.core.restore import Source
 from ckptd.core.watching import Watching
 from ckptd.errors import JobFailedError
 from ckptd.types import CheckpointId, Evidence
@@ -194,9 +194,7 @@ class Numbering(Watching):
     def _plan(self, now: Now) -> list[Effect]:
         """Plan the next generation. A job that steps back is not offered what is suspect."""
         health, offers = self.keeper.health, self.offers
-        reachable = {source.id for source in offers.stored if source not in offers.refused}
-        in_memory = (Source(item.id, MEMORY) for item in self.keeper.book.complete)
-        reachable |= {source.id for source in in_memory if source not in offers.refused}
+        reachable = offers.reachable(self.keeper.book.complete)
         health.read(reachable)
         if self.state is not JobState.PREPARING or not self.spec.numbers.steps_back:
             return super()._plan(now)

@@ -107,7 +107,10 @@ class Patience:
     def look(self, at_s: float, samples: Iterable[Sample]) -> Hung | None:
         """Take in what the pages of all ranks that should make progress say; return whether they hang."""
         counted_s = self._count(at_s)
+        late = {rank for rank, life in self._lives.items() if life.idle_s > life.limit.seconds}
         here = [self._follow(sample) for sample in samples]
+        if any(life.sample.rank in late and not life.idle_s for life in here):
+            self._forgive(here)
         step = min((life.sample.step for life in here), default=0)
         if self._hung_at:
             self._hung_at = {stuck: times for stuck, times in self._hung_at.items() if stuck >= step}
@@ -129,6 +132,13 @@ class Patience:
         counted_s = hang.counted_s(gap_s)
         self._grace_s = max(0.0, self._grace_s - counted_s)
         return counted_s
+
+    @staticmethod
+    def _forgive(here: Sequence[_Life]) -> None:
+        """Begin anew with everybody: one that was late has gone on after all, and the others may have waited for it."""
+        for life in here:
+            life.marred = life.marred or life.idle_s > 0
+            life.idle_s = 0.0
 
     @staticmethod
     def _wait(here: Sequence[_Life], counted_s: float) -> None:

@@ -9,7 +9,7 @@ from ckptd.core.job_spec import JobSpec, Now
 from ckptd.core.job_states import JobEvent, JobState
 from ckptd.core.prune_events import RoomMade
 from ckptd.core.restore import MEMORY, Offers, Source, nothing_left
-from ckptd.errors import CkptdError, DamagedError, FullError
+from ckptd.errors import CkptdError, DamagedError, FullError, StoreError
 
 _CLAIM_RETRY_S = 5.0
 """How long a job waits that found no room for the record of its next generation, unless room is made before."""
@@ -27,6 +27,10 @@ class Planning(Halting):
         self._full_claims = 0
         """How often in a row there was no room for the record of the next generation."""
         self._plan_at_s: float | None = None
+        self._blind = False
+        """Whether there was nothing at the last look into the tiers, one of which could not be read."""
+        self.expects: int | None = None
+        """The step of a checkpoint that was there before the node started anew: a store without any is not mounted."""
 
     def begin(self) -> list[Effect]:
         """Start the job: look what the tiers hold, then begin a generation with the best of it."""
@@ -39,16 +43,26 @@ class Planning(Halting):
         self._last_generation = max(self._last_generation, event.last_generation)
         self.offers.read(event.sources, event.unread)
         self.keeper.found(event.sources, event.held, event.unread)
+        self._blind = bool(event.unread) and not self.offers.stored
         effects: list[Effect] = []
         for tier, error in event.unread.items():
             effects.append(Log("tier unreadable", {"tier": tier, "error": str(error)}, level="error"))
             if self.state is JobState.PREPARING and not self.offers.stored and self.keeper.book.newest is None:
                 return effects + self._give_up(error, now)
+        if self.state is JobState.PREPARING and self.expects is not None and not self.offers.stored:
+            missing = StoreError(
+                f"no checkpoint of this job is there, and the last one was step {self.expects}",
+                hint="see that its store is mounted; to begin afresh run the job anew",
+            )
+            return effects + self._give_up(missing, now)
+        self.expects = None
         return effects + self._plan(now)
 
     def _plan(self, now: Now) -> list[Effect]:
         if self.state is not JobState.PREPARING:
             return []  # stopped meanwhile
+        if self._blind and not self.offers.stored and self.keeper.book.newest is None:
+            return [e.ReadStore()]  # this agent has taken over, and there may be something after all
         for source in self.offers.refused:
             if source.tier == MEMORY:
                 self.keeper.book.refuse(source.id)  # not before: a rank might still be on its way to it
@@ -56,7 +70,7 @@ class Planning(Halting):
         try:
             plan = self.offers.plan(self.keeper.book.newest)
         except DamagedError as error:
-            return effects + self._give_up(error, now)
+            return effects + self._nothing_to_offer(error, now)
         return [
             *effects,
             Log("restore planned", {"reasons": list(plan.reasons)}, level="debug"),
@@ -68,8 +82,15 @@ class Planning(Halting):
         source = self.offers.next()
         if source is None and problem is not None:
             # What can't be read now may be there the next time: that is another error than damage.
-            return self._give_up(problem if problem.retryable else nothing_left([problem.message]), now)
+            error = problem if problem.retryable else nothing_left([problem.message], self.offers.at_most_step)
+            return self._nothing_to_offer(error, now)
         return self._claim(source) if source is None or source.tier == MEMORY else [e.Fetch(source)]
+
+    def _nothing_to_offer(self, error: CkptdError, now: Now) -> list[Effect]:
+        """End the job, and have an open incident say so: it was to be restarted."""
+        limit = self.offers.at_most_step
+        reason = "there is nothing to begin with" + ("" if limit is None else f" at step {limit} or before it")
+        return self.recovery.given_up(error.message, reason) + self._give_up(error, now)
 
     def _distrust(self, source: Source) -> None:
         """Do not offer a copy that is damaged, nor count it as one in retention, until it is mended."""

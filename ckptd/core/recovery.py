@@ -11,7 +11,7 @@ from ckptd.core.events import Effect, Log
 from ckptd.core.generation import Generation
 from ckptd.core.incidents import OpenIncident
 from ckptd.core.policy.cause import Failed, compare, consequence
-from ckptd.core.policy.restart import Failure, RestartDecision, RestartPolicy, decide
+from ckptd.core.policy.restart import Failure, RestartDecision, RestartPolicy, decide, remembered
 from ckptd.core.restore import Source
 from ckptd.core.watch_events import Gather
 from ckptd.errors import CkptdError, from_json
@@ -110,6 +110,7 @@ class Recovery:
                     summary=evidence.summary,
                 )
             )
+            self._failures = remembered(self._failures, self.policy)
         fields = {"cause": evidence.summary, "rank": evidence.rank, "step": step}
         said = Log("generation failed", fields, level="error")
         if self._on_purpose:

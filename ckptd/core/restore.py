@@ -107,7 +107,8 @@ class Offers:
         plan = plan_restore(newest, self.stored, self.refused, self.at_most_step)
         if plan.fresh and (self.stored or self.refused):
             failed = [_failed(source) for source in sorted(self.refused, key=lambda source: source.id, reverse=True)]
-            raise nothing_left(dict.fromkeys(failed + list(plan.reasons if self.stored else ())))
+            reasons = dict.fromkeys(failed + list(plan.reasons if self.stored else ()))
+            raise nothing_left(reasons, self.at_most_step)
         self._untried = list(plan.sources)
         return plan
 
@@ -116,6 +117,11 @@ class Offers:
         left = [source for source in self._untried if source not in self.refused]
         self._untried = left[1:]
         return left[0] if left else None
+
+    def reachable(self, complete: Iterable[Snapshot]) -> set[CheckpointId]:
+        """Return what a restart could begin with, of all that is stored or complete in memory."""
+        sources = [*self.stored, *(Source(snapshot.id, MEMORY) for snapshot in complete)]
+        return {source.id for source in sources if source not in self.refused}
 
     def newest_until(self, step: int, complete: Iterable[Snapshot]) -> CheckpointId | None:
         """Return the newest that can be offered and is no newer than `step`; `complete` are those in memory."""
@@ -178,8 +184,16 @@ class Offers:
         return max((item for item in usable if limit is None or item.step <= limit), default=None)
 
 
-def nothing_left(reasons: Iterable[str]) -> DamagedError:
-    """Return the error of a job whose every checkpoint is unusable: never a silent fresh start."""
+def nothing_left(reasons: Iterable[str], at_most_step: int | None = None) -> DamagedError:
+    """Return the error of a job whose every checkpoint is unusable: never a silent fresh start.
+
+    With `at_most_step` that is only known of those up to there, to which it was to step back.
+    """
+    if at_most_step is not None:
+        return DamagedError(
+            f"no checkpoint at step {at_most_step} or before it can be restored: {'; '.join(reasons)}",
+            hint="the same command again begins with the newest checkpoint",
+        )
     return DamagedError(
         f"there are checkpoints of this job, but none can be restored: {'; '.join(reasons)}",
         hint="`ckptctl verify JOB --all` names what is wrong; use another --name to start afresh",

@@ -6,7 +6,7 @@ import dataclasses
 from typing import NamedTuple
 
 from ckptd.core.ending import LIVE
-from ckptd.core.events import Effect, Log
+from ckptd.core.events import Effect, Log, RestartWanted
 from ckptd.core.failing import Failing
 from ckptd.core.generation import Generation
 from ckptd.core.job_spec import JobSpec, Now
@@ -131,6 +131,13 @@ class Watching(Failing):
             return []
         self.recovery.kill_ordered(now.s)
         return [EndRanks(ranks)]
+
+    def _restart_wanted(self, event: RestartWanted, now: Now) -> list[Effect]:
+        """Restart. Ranks that another launcher has started are ended now: none has died, at which it would end them."""
+        was, generation = self.state, self.generation
+        effects = super()._restart_wanted(event, now)
+        fails = was in LIVE and self.state is JobState.FENCED and generation is not None
+        return effects + (self._end_ranks(generation, now) if fails and generation is not None else [])
 
     def _fail(self, evidence: Evidence, last_lines: tuple[str, ...], now: Now) -> list[Effect]:
         """Fail; of a death evidence is gathered beside, which nobody waits for. Of a hang it is there already."""

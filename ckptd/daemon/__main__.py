@@ -24,7 +24,7 @@ from ckptd.daemon.notify import Watchdog, notify, watchdog_s
 from ckptd.daemon.supervisor import Supervisor
 from ckptd.errors import CkptdError
 from ckptd.log import get_logger, set_up
-from ckptd.process_end import end_without_waiting
+from ckptd.process_end import Unawaited, end_without_waiting
 from ckptd.version import __version__
 
 _IDLE_POLL_S = 0.1
@@ -112,6 +112,7 @@ async def _until_taken_over(jobs: Sequence[Supervisor], stop: asyncio.Event) -> 
 def _begin(config: AgentConfig, *, service: bool) -> tuple[asyncio.Event, Agent]:
     """Start the agent; return it with an event that SIGTERM and SIGINT set."""
     stop = asyncio.Event()
+    asyncio.get_running_loop().set_default_executor(Unawaited())
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     agent = Agent(config, foreground=False, on_agent_loss="keep" if service else "end", service=service)

@@ -11,6 +11,7 @@ from ckptd.core.adopt_events import HeldShard, RankReturned
 from ckptd.core.handover import Handover
 from ckptd.core.job import JobMachine, JobSpec, Now
 from ckptd.core.job_states import JobState
+from ckptd.core.policy.halt import Conditions
 from ckptd.daemon.arena import Arena
 from ckptd.daemon.fdstore import FdStore
 from ckptd.daemon.living import boot_id, is_alive
@@ -65,6 +66,17 @@ def legacy_of(entry: JobEntry) -> Legacy | None:
     if life.stopped and handover.has_ranks:
         handover = replace(handover, state=JobState.STOPPING.value)
     return Legacy(life, handover)
+
+
+def conditions_of(entry: JobEntry) -> Conditions | None:
+    """Return upon what a job was to stop by itself, None where that is not known.
+
+    Somebody has set them for this run of it, which a boot of the node does not end: they are all of it that holds then.
+    """
+    try:
+        return Conditions(**entry.life.handover["halting"]["conditions"])
+    except (KeyError, TypeError):
+        return None
 
 
 def take_slots(job: str, arena: Arena, kept: FdStore, logger: Logger) -> list[tuple[int, int]]:

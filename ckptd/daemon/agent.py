@@ -16,9 +16,10 @@ from ckptd.config import AgentConfig, JobConfig
 from ckptd.coordination.coordinator import Lease
 from ckptd.coordination.embedded import EmbeddedCoordinator
 from ckptd.core import events as e
+from ckptd.core.halt_events import HaltWanted
 from ckptd.core.policy.chaos import Fault
 from ckptd.daemon import chaos, requests
-from ckptd.daemon.adopting import Legacy, legacy_of, new_incarnation
+from ckptd.daemon.adopting import Legacy, conditions_of, legacy_of, new_incarnation
 from ckptd.daemon.arena import Budget
 from ckptd.daemon.comeback import forget
 from ckptd.daemon.exits import Exits
@@ -115,7 +116,13 @@ class Agent:
         config, legacy = JobConfig.from_json(entry.config), legacy_of(entry)
         if not config.supervised and (legacy is None or not legacy.has_living()):
             raise NotFoundError(f"no rank of job {entry.job} is left", hint="its own launcher starts them")
-        return self._begin(config, legacy)
+        job = self._begin(config, legacy)
+        if legacy is None:
+            conditions, last = conditions_of(entry), entry.status.get("last_committed")
+            if conditions is not None:
+                job.feed(HaltWanted(conditions))
+            job.machine.expects = None if last is None else last["step"]
+        return job
 
     def _begin(self, config: JobConfig, legacy: Legacy | None) -> Supervisor:
         running = self.jobs.get(config.name)
@@ -192,7 +199,7 @@ class Agent:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._services.pool.shutdown(wait=True, cancel_futures=True)
+        self._services.pool.shutdown(wait=False, cancel_futures=True)  # one that hangs, hangs for good
         self._services.exits.close()
         self.journal.close()
 

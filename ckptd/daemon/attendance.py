@@ -203,6 +203,8 @@ class Attendance:
         for number in numbers:
             if number in self.admitted:
                 self.admitted[number].end()
+            else:
+                self._orphans.end(number)  # it has not come back from the agent before
 
     def _gone(self, rank: Rank) -> None:
         """Give up the place of a rank that somebody else has started."""

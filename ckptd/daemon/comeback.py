@@ -136,14 +136,17 @@ class Comebacks:
     ) -> None:
         """Have a job come back again that has ended, and was not to.
 
-        Either it could not even begin, since its store could not be read yet: its generation is still the `last` one.
-        Or the agent before was killed while it stopped the job because of its own end, which was completed now.
+        Either it could not even begin, since its store could not be read yet or its node was not fit: its generation is
+        still the `last` one. Or the agent before was killed while it stopped the job because of its own end, which was
+        completed now.
         """
         if self._closed:
             return
         if job.left is not None:
             self._try_again(entry.job, 1)
-        elif error is not None and error.retryable and not job.stopping and job.machine.generation is last:
+            return
+        passes = error is not None and (error.retryable or job.machine.node_refused)
+        if error is not None and passes and not job.stopping and job.machine.generation is last:
             try:
                 self._journal.write_job(entry)  # its end was not meant
             except CkptdError as problem:

@@ -31,8 +31,11 @@ _PIDFD_GET_INFO = 0xC040FF0B
 _PIDFD_INFO_EXIT = 1 << 3
 _PIDFD_INFO_BYTES = 64
 _EXIT_CODE_AT = 60
+_STAT_FLAGS = 6
 _STAT_EXIT_CODE = 49
-"""Where /proc/PID/stat has the wait status, counted from the field behind the program's name."""
+"""Where /proc/PID/stat has the kernel's flags and the wait status, counted from the field behind the program's name."""
+_EXITING = 0x4
+"""The flag of a process that ends: to give back much memory takes its time."""
 
 
 class Exits:
@@ -233,7 +236,9 @@ class OomWatch:
 
     def begin(self, pid: int, now_s: float) -> None:
         """Note a process that has just begun."""
-        group = memory_group(pid, self._root)
+        group, known = memory_group(pid, self._root), self._groups.get(pid)
+        if known is not None and _is_ending(pid, self._root):
+            group = known
         if group is not None:
             self._groups[pid], self._seen_s[pid] = group, now_s
             self._tallies.setdefault(group.path, Tally()).note(group.kills(), now_s)
@@ -274,6 +279,12 @@ class OomWatch:
 
 
 # --- ends of processes that are not our children ----------------------------------------------------------------
+
+
+def _is_ending(pid: int, root: Path) -> bool:
+    """Whether a process is on its way out: in version 1 it counts as moved to the root then, whatever killed it."""
+    stat = (_read(root / f"proc/{pid}/stat") or "").rpartition(")")[2].split()
+    return len(stat) > _STAT_FLAGS and bool(int(stat[_STAT_FLAGS]) & _EXITING)
 
 
 def wait_status(pid: int, pidfd: int) -> int | None:

@@ -15,7 +15,7 @@ from ckptd.core.job import JobMachine
 from ckptd.core.policy.gate import Unfit
 from ckptd.daemon.arena import Arena
 from ckptd.journal import JobEntry
-from ckptd.plugin import NodeCheck, NodePlan
+from ckptd.plugin import NodePlan
 from ckptd.plugin.manager import CALL_LIMIT_S, PluginManager
 from ckptd.tiers import JobTier
 
@@ -41,8 +41,8 @@ class Gate:
         alike = before is not None and before.config.get("nproc") == config.nproc
         self.had_bytes = before.life.slot_bytes if before is not None and alike else 0
         """How much one slot of every rank took together in the last run."""
-        self._stuck: set[str] = set()
-        """Checks that have not returned yet, and are not asked again until they have."""
+        self._stuck: set[int] = set()
+        """Checks that have not returned yet, by their place, and are not asked again until they have."""
 
     def plan(self) -> NodePlan:
         """Return what is about to start."""
@@ -60,40 +60,41 @@ class Gate:
     async def look(self) -> NodeChecked:
         """Ask every check. One that does not answer in time is reported, and taken to have found nothing."""
         plan, loop = self.plan(), asyncio.get_running_loop()
-        answers: dict[str, asyncio.Future[str | None]] = {}
-        for check in self._plugins.checks:
-            if check.name not in self._stuck and not self._plugins.quarantined(check.name):
-                answers[check.name] = loop.create_future()
-                self._stuck.add(check.name)
+        checks = self._plugins.checks
+        answers: dict[int, asyncio.Future[str | None]] = {}
+        for place, check in enumerate(checks):  # two plugins may have had the same idea for a name
+            if place not in self._stuck and not self._plugins.quarantined(check.name):
+                answers[place] = loop.create_future()
+                self._stuck.add(place)
                 # No thread of a pool: one that hangs in a driver would keep the agent from ending.
                 thread = threading.Thread(
                     target=self._ask,
-                    args=(check, plan, loop, answers[check.name]),
+                    args=(place, plan, loop, answers[place]),
                     name=f"ckptd-check-{check.name}",
                     daemon=True,
                 )
                 thread.start()
         if answers:
             await asyncio.wait(answers.values(), timeout=CALL_LIMIT_S)
-        for name, answer in answers.items():
+        for place, answer in answers.items():
             if not answer.done():
-                self._plugins.overran(name, CALL_LIMIT_S)
-        found = ((name, answer.result()) for name, answer in answers.items() if answer.done())
+                self._plugins.overran(checks[place].name, CALL_LIMIT_S)
+        found = ((checks[place].name, answer.result()) for place, answer in answers.items() if answer.done())
         return NodeChecked(tuple(Unfit(name, reason) for name, reason in found if reason is not None))
 
     def _ask(
         self,
-        check: NodeCheck,
+        place: int,
         plan: NodePlan,
         loop: asyncio.AbstractEventLoop,
         answer: asyncio.Future[str | None],
     ) -> None:
-        reason = self._plugins.unfit(check, plan)
+        reason = self._plugins.unfit(self._plugins.checks[place], plan)
         with contextlib.suppress(RuntimeError):  # the loop may be closed by now
-            loop.call_soon_threadsafe(self._answered, check.name, answer, reason)
+            loop.call_soon_threadsafe(self._answered, place, answer, reason)
 
-    def _answered(self, name: str, answer: asyncio.Future[str | None], reason: str | None) -> None:
-        self._stuck.discard(name)
+    def _answered(self, place: int, answer: asyncio.Future[str | None], reason: str | None) -> None:
+        self._stuck.discard(place)
         if not answer.done():
             answer.set_result(reason)
 

@@ -130,6 +130,19 @@ def start_launcher(
     except OSError:
         ours.close()
         raise
+    if os.environ.get("NOTIFY_SOCKET"):
+        spare_no_more(process.pid)
     launcher = LauncherProcess(process.pid, os.pidfd_open(process.pid), process, on_exit)
     launcher.connect(Connection(ours, lambda _, message: on_message(message), launcher.disconnected))
     return launcher
+
+
+def spare_no_more(pid: int, proc: Path = Path("/proc")) -> None:
+    """Have a process, and its children to come, die for want of memory like any other one.
+
+    A service may ask the kernel to spare its agent (`OOMScoreAdjust=`), which all that it starts inherits. But ranks
+    are what takes the memory of a node, and to spare them is to end everybody else first.
+    """
+    with contextlib.suppress(OSError):
+        if int((proc / "self/oom_score_adj").read_text()) < 0:
+            (proc / f"{pid}/oom_score_adj").write_text("0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -78,17 +79,22 @@ def _file(path: Path) -> tuple[bool, str | None]:
 
 
 async def _command(command: str) -> tuple[bool, str | None]:
-    """Run a command in a shell; what it prints is not read."""
-    process = await asyncio.create_subprocess_shell(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    """Run a command in a shell; what it prints is not read. That a busy node starts none now ends no job."""
+    nowhere = subprocess.DEVNULL
+    try:
+        process = await asyncio.create_subprocess_shell(
+            command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True
+        )
+    except OSError as error:
+        return False, str(error.strerror)
     try:
         returncode = await asyncio.wait_for(process.wait(), _COMMAND_DEADLINE_S)
     except TimeoutError:
         return False, f"it takes longer than {_COMMAND_DEADLINE_S:g} s"
     finally:
         if process.returncode is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended in this moment
+                os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
     not_run = returncode in (126, 127)
     return returncode == 0, f"the shell says {returncode}: no such program" if not_run else None

@@ -59,6 +59,12 @@ class Orphans:
                 signal.pidfd_send_signal(pidfd, 0)
                 os.killpg(pid, number)
 
+    def end(self, rank: int) -> None:
+        """Kill the process of one rank, if it is watched, and nobody else: who leads its group nobody knows."""
+        if rank in self._watched:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                signal.pidfd_send_signal(self._watched[rank][1], signal.SIGKILL)
+
     def close(self) -> None:
         """Watch nobody any more."""
         for rank in list(self._watched):

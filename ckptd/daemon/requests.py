@@ -133,6 +133,13 @@ def _restart(job: Supervisor, step: int | None) -> dict[str, Any]:
     machine = job.machine
     if machine.state not in (JobState.STARTING, JobState.RUNNING, JobState.BACKOFF):
         raise AgentError(f"job {job.config.name} is {machine.state.value}: there is nothing to restart")
+    generation = machine.generation
+    if step is not None and machine.state is JobState.STARTING and generation is not None and not generation.pids:
+        began = f"step {generation.first_step}"
+        raise AgentError(
+            f"generation {generation.number} of job {job.config.name} is about to begin, with {began}",
+            hint="ask again once its ranks are there",
+        )
     begins = None if step is None else machine.offers.newest_until(step, machine.keeper.book.complete)
     if step is not None and begins is None:
         raise NotFoundError(

@@ -86,3 +86,14 @@ def test_a_hang_that_does_not_come_back_is_forgotten() -> None:
     job.restart(15)
     job.steps([0.1] * (hang.WINDOW + 2))
     assert job.until_hung(10) <= POLICY.floor_s + 3 * TICK_S
+
+
+def test_who_waited_for_one_that_goes_on_begins_anew() -> None:
+    """A rank that was late and goes on after all takes the suspicion from those that have waited for it as long."""
+    job = Job()
+    job.steps([0.1] * 20)
+    job.steps([0.1], ranks=[0])  # it waits for rank 1 from here on
+    assert job.wait(7.0) is not None
+    job.hung = None
+    job.step[1], job.beat_s[1] = job.step[0], job.now_s
+    assert job.look() is None, "rank 0 has stood still for as long, and rank 1 is there only now"

@@ -193,6 +193,21 @@ def test_the_history_is_not_forgotten(training: Script) -> None:
     assert job.committed("g2/s15")[-1].startswith("incident 1 closed: rank 0 was killed")
 
 
+@pytest.mark.parametrize("more", [0, 1], ids=["its next agent", "the one after that"])
+def test_a_step_back_is_not_forgotten(training: Script, more: int) -> None:
+    """An agent that ends before the next generation begins takes no step back with it, nor does one that follows."""
+    training.committed("g1/s10")
+    training.capture(20, 1)
+    training.committed("g1/s20")
+    training.feed(e.RestartWanted(15))
+    training.die(0)
+    job, lines = take_over(training)
+    for _ in range(more):
+        job, lines = take_over(job)
+    assert lines == ["read store"]
+    assert job.store("g1/s20", "g1/s10", last_generation=1) == ["fetch g1/s10"]
+
+
 def test_ranks_that_were_restoring(training: Script) -> None:
     """Whoever has its state goes on; nobody else is let in, since what the generation began with is not at hand."""
     training.all_die()

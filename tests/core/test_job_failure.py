@@ -301,6 +301,45 @@ def test_an_operator_ends_a_delay(job):
     assert job.wait(0.05) == ["claim 4 after None"]
 
 
+def stepping_back(job: Script) -> Script:
+    """Let the same exception come three times with step 20, so that the next generation is to begin with step 10."""
+    job.begin()
+    job.store("g1/s20", "g1/s10", last_generation=1)
+    for generation in (2, 3, 4):
+        job.fetched("g1/s20")
+        job.up_to_training(generation, first_step=21, restores=True)
+        job.exited(0, raised(0, "nan"))
+        job.die(1)
+    assert job.state == "backoff"
+    return job
+
+
+def test_an_operator_has_the_last_word_on_a_step_back(job):
+    """Proves that a job which is to step back by itself begins with what an operator names while it still waits."""
+    stepping_back(job).feed(e.RestartWanted(25))
+    assert job.wait(0.05) == ["fetch g1/s20"]
+
+
+def test_a_step_back_to_what_is_damaged_says_so(job):
+    """Proves that neither the error nor the incident call newer checkpoints damaged, or the job restarted."""
+    assert stepping_back(job).wait(60) == ["fetch g1/s10"]
+    verdict = "no checkpoint at step 10 or before it can be restored: g1/s10 is damaged"
+    assert job.fetch_failed("g1/s10")[-1] == f"end failed: DamagedError: {verdict}"
+    assert job.incidents[3].decision == f"give up: {verdict}"
+    assert job.incidents[3].reasons == ("there is nothing to begin with at step 10 or before it",)
+
+
+def test_a_restart_on_purpose_ends_the_ranks_of_another_launcher():
+    """Proves that it takes effect at once, with or without a limit for hangs: no death makes that launcher do it."""
+    job = Script(supervised=False)
+    job.begin()
+    job.store()
+    job.up_to_training()
+    assert job.feed(e.RestartWanted())[-1] == "end ranks 0 1"
+    assert [*job.die(0), *job.die(1)][-1].startswith("incident 1 open")
+    assert job.state == "pending"
+
+
 def test_what_a_step_back_leaves_is_not_the_last_commit_any_more(captured):
     """Proves that status names the newest checkpoint of the lineage, and not a newer one that nobody begins with."""
     captured.capture(20, 1)

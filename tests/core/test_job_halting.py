@@ -134,6 +134,18 @@ def test_the_next_checkpoint_is_the_last():
     assert job.progress(12) == ["announce 13, the last", "log stopping"]
 
 
+def test_the_next_checkpoint_is_tried_again_until_there_is_one():
+    """Proves that a job which stops at its next checkpoint makes another one when a rank was past that, and has it."""
+    job = train(Script())
+    job.feed(HaltWanted(Conditions(at_next_checkpoint=True)))
+    job.now_s += 10
+    assert job.progress(12) == ["announce 13, the last", "log stopping"]
+    assert job.missed(1, 13) == ["announce None"]
+    job.now_s += 1
+    assert job.progress(13) == ["announce 15, the last"]
+    assert job.all_sealed(15, 0)[-2:] == ["leave", "log leaving"]
+
+
 def test_what_was_cleared_stops_nothing():
     """Proves that conditions can be taken back."""
     job = train(Script())
@@ -154,6 +166,30 @@ def test_a_moment_stops_the_job():
     job.now_s = 50
     assert job.wait(0) == ["log stopping"]
     assert logged(job, "stopping")[0]["grace_s"] == 33.0
+
+
+def test_a_stop_has_no_more_grace_than_there_is_time():
+    """Proves that a stop shortly before the end of a batch job is over before that, though its grace is longer."""
+    job = train(bounded(Script(), ends_at=1e9 + 500.0))
+    job.now_s = 460
+    job.stop(grace_s=90)
+    assert logged(job, "stopping")[0]["grace_s"] == 35.0
+    assert job.wait(34.9) == []
+    assert job.wait(0.2) == ["log stop without checkpoint", "kill 15"]
+
+
+def test_an_upload_after_the_last_step_has_no_more_than_the_time():
+    """Proves that a finished job whose bucket hangs ends, resumable, before its time is over; else it waits."""
+    jobs = [train(bounded(with_bucket(), limit_at_s=limit_s)) for limit_s in (100.0, None)]
+    for job in jobs:
+        commit(job, 10, 0)
+        for rank in job.ranks:
+            job.left(rank, 11)
+        job.exited(0)
+        assert job.exited(1) == []
+        job.now_s = 94
+        assert job.wait(0) == []
+    assert [jobs[0].wait(1.1), jobs[1].wait(1000)] == [["log upload skipped", "end stopped"], []]
 
 
 def taken_over(before: Script, bounds: HaltPolicy) -> Script:

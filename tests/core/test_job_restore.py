@@ -7,6 +7,7 @@ import pytest
 from ckptd.core import events as e
 from ckptd.core.restore import MEMORY, Source
 from ckptd.errors import CkptdError, DamagedError, StateError, StoreError
+from tests.core.bucket import with_bucket
 from tests.core.script import TIER, Script, cid
 
 # --- restoring from the disk ---------------------------------------------------------------------------------------
@@ -297,3 +298,16 @@ def test_a_step_back_to_nothing_is_refused(captured):
     assert captured.state == "running"
     captured.wait(1)
     assert captured.all_die()[-1] == "claim 2 after g1/s10"
+
+
+@pytest.mark.parametrize(
+    ("stored", "goes_on"),
+    [({}, "end failed: StoreError: "), ({"bucket": ["g1/s10"]}, "fetch g1/s10 from bucket")],
+    ids=["nowhere", "in the bucket"],
+)
+def test_what_was_there_before_a_reboot_is_no_fresh_start(stored, goes_on):
+    """Proves that a job which had a checkpoint begins with any that is there, and with nothing only when told to."""
+    job = with_bucket()
+    job.machine.expects = 20
+    job.begin()
+    assert job.store(**stored)[-1].startswith(goes_on)

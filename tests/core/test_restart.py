@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.core.policy.restart import Failure, RestartPolicy, decide
+from ckptd.core.policy.restart import Failure, RestartPolicy, decide, remembered
 from ckptd.types import CheckpointId
 
 DIED = "signal 9"
@@ -148,6 +148,20 @@ def test_a_refusal_ends_the_job_at_once():
     """Proves that what ckptd itself refused, such as state that does not fit, is not tried again."""
     refusal = Failure("StateError", 0, progressed=True, by_script=True, refused="layer 3 does not fit")
     assert decide([refusal], RestartPolicy()).verdict == "layer 3 does not fit"
+
+
+@given(failures, st.floats(1, 1e6), st.one_of(st.none(), st.just(OLDER)))
+def test_what_is_forgotten_changes_nothing(history, gap_s, older):
+    """Proves that what is decided upon the failures that are remembered is so upon all, and that they stay few."""
+    policy = RestartPolicy(max_restarts=5, window_s=3600.0)
+    everything = [replace(item, at_s=gap_s * number) for number, item in enumerate(history * 4)]
+    kept = []
+    for number, failure in enumerate(everything, 1):
+        kept = remembered([*kept, failure], policy)
+        found, wanted = (decide(items, policy, older) for items in (kept, everything[:number]))
+        assert (found.restart, found.delay_s) == (wanted.restart, wanted.delay_s)
+        assert found.at_most_step == wanted.at_most_step
+    assert len(kept) <= max(16, 1 + 3600 / gap_s)
 
 
 @given(failures, st.integers(0, 15), st.one_of(st.none(), st.just(OLDER)))

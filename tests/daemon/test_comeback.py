@@ -21,7 +21,7 @@ from ckptd.daemon.adopting import legacy_of
 from ckptd.daemon.comeback import Comebacks, forget, judge, retry_s
 from ckptd.daemon.fdstore import FdStore
 from ckptd.daemon.living import boot_id, is_alive, signal_to, started
-from ckptd.errors import CkptdError, ConfigError, DamagedError, StoreError
+from ckptd.errors import CkptdError, ConfigError, DamagedError, JobFailedError, StoreError
 from ckptd.journal import JobEntry, Journal, Life
 
 HERE = "this boot"
@@ -106,6 +106,7 @@ class Job:
         self.ended: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self.machine = self
         self.generation = generation
+        self.node_refused = False
         self.stopping = False
         self.left: object = None
 
@@ -239,6 +240,21 @@ def test_a_store_that_can_not_be_read_yet(
         else:
             await asyncio.sleep(0.1)
         assert agent.asked == ["gpt"] * (1 + again)
+
+    play(tmp_path, [entry(comes_back=True)], scene, monkeypatch)
+
+
+def test_a_node_that_is_not_fit_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that a job which its node's checks refused after a reboot is tried again: what is wrong may be mended."""
+
+    async def scene(agent: Agent, comebacks: Comebacks) -> None:
+        comebacks.begin()
+        job = agent.jobs["gpt"]
+        job.node_refused = True
+        agent.journal.write_job(replace(entry(state="failed"), life=Life()))
+        job.ended.set_result(End("failed", JobFailedError("the node is not ready: disk: it is read-only")))
+        await soon(lambda: agent.runs("gpt"))
+        assert agent.asked == ["gpt", "gpt"]
 
     play(tmp_path, [entry(comes_back=True)], scene, monkeypatch)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from ckptd.config import JobConfig
+from ckptd.core.policy.halt import Conditions
 from ckptd.errors import AgentError, CkptdError, ConfigError, FencedError, NotFoundError, PluginError, StoreError
+from ckptd.journal import JobEntry, Life
 from ckptd.protocol import messages as m
 from ckptd.protocol.channel import open_channel
 from ckptd.storage.local import LocalTier
@@ -148,6 +152,48 @@ def test_a_restart_of_a_supervised_job(node: Node, agent: AgentThread, ask: Call
     assert agent.status()["generation"] == 2
     assert [incident["cause"] for incident in node.incidents()] == ["a restart was asked for"]
     assert ask(m.Control("job", "stop")).result()["outcome"] == "stopped"
+
+
+def test_a_restart_from_a_step_comes_too_late_for_what_begins(
+    node: Node, agent: AgentThread, ask: Callable[..., Future[Any]]
+) -> None:
+    """`restart --from` of a generation without ranks, which begins with something else, is refused and not ignored."""
+    slow, go_on = node.folder / "slow", node.folder / "go_on"
+    slow.write_text(f'#!/bin/sh\nwhile [ ! -e {go_on} ]; do sleep 0.05; done\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    ask(m.Submit(supervised(node, python=str(slow)).to_json())).result()
+    until(lambda: agent.status()["state"] == "starting", "the first generation")
+    with pytest.raises(AgentError, match="generation 1 of job job is about to begin, with step 0"):
+        ask(m.Control("job", "restart", step=9)).result()
+    assert ask(m.Control("job", "restart")).result() == {"job": "job", "step": None}
+    go_on.touch()
+    until(lambda: agent.status()["ranks"][0]["pid"], "the rank")
+
+
+def test_conditions_outlive_a_reboot(node: Node, agent: AgentThread, ask: Callable[..., Future[Any]]) -> None:
+    """A job that comes back after its node has started anew stops upon the conditions that somebody has set before."""
+    ask(m.Submit(supervised(node).to_json())).result()
+    ask(m.Control("job", "halt", options={"after_step": 500})).result()
+    entry = agent.call(lambda: agent.agent.journal.read_job("job"))
+    assert entry is not None
+    ask(m.Control("job", "stop", options={"no_checkpoint": True})).result()
+    before = replace(entry, life=replace(entry.life, boot_id="an older one"))
+    agent.call(lambda: agent.agent.adopt(before))
+    assert agent.job().machine.conditions == Conditions(after_step=500)
+    assert ask(m.Control("job", "halt")).result()["after_step"] == 500
+
+
+def test_a_store_that_is_not_mounted_is_no_fresh_start(
+    node: Node, agent: AgentThread, ask: Callable[..., Future[Any]]
+) -> None:
+    """A job that comes back after its node has started anew does not begin from nothing where it had a checkpoint."""
+    status = {"state": "running", "last_committed": {"step": 20, "tier": "local", "generation": 1}}
+    entry = JobEntry("job", supervised(node).to_json(), status, 1, "", 0.0, Life(comes_back=True))
+    job = agent.call(lambda: agent.agent.adopt(entry))
+    end = until(lambda: agent.call(lambda: job.ended.done() and job.ended.result()), "the end")
+    assert isinstance(end.error, StoreError), "which may pass, so that it is tried again"
+    assert end.error.message == "no checkpoint of this job is there, and the last one was step 20"
+    assert not list(node.store.glob("job/*"))
 
 
 def supervised(node: Node, **changes: Any) -> JobConfig:

@@ -93,6 +93,15 @@ def test_what_checks_find_is_told_with_their_names(make: Make, reports: list[tup
     assert threading.current_thread() not in modules["one"].threads
 
 
+def test_two_checks_of_one_name_are_both_asked(make: Make) -> None:
+    """A plugin that calls its check like another one's takes nothing away from it."""
+    gate, modules = make(one="return None", two="return 'too hot'")
+    for module in modules.values():
+        module.Check.name = "disk"
+    for _ in range(2):
+        assert asyncio.run(gate.look()).unfit == (Unfit("disk", "too hot"),)
+
+
 def test_without_checks_every_node_is_fit(make: Make) -> None:
     """A gate that has nothing to ask lets everything through."""
     gate, _ = make()

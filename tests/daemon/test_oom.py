@@ -104,6 +104,25 @@ def test_a_real_lack_of_memory(small_cgroup: Path, how: str) -> None:
             process.communicate()
 
 
+def test_a_look_at_a_dying_process_loses_no_kill(small_cgroup: Path) -> None:
+    """What is dying, which takes long with much memory, is in no cgroup of version 1: its kill counts where it was."""
+    watch = OomWatch(log=SilentLog())
+    victim = eater(small_cgroup)
+    try:
+        watch.begin(victim.pid, time.monotonic())
+        assert victim.stdin is not None
+        victim.stdin.write("\n")
+        victim.stdin.flush()
+        os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
+        watch.look(time.monotonic())
+        found = watch.ended(victim.pid, time.monotonic(), by_sigkill=True)
+        assert found is not None
+        assert found.cgroup == f"/{small_cgroup.name}"
+    finally:
+        victim.kill()
+        victim.communicate()
+
+
 def test_a_real_lack_of_memory_is_evidence_of_its_kind(small_cgroup: Path) -> None:
     """The detectors that ship make of a real OOM kill evidence that says so, with the limit."""
     exits = Exits(PluginManager(lambda *_: None).evidence)

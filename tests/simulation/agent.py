@@ -82,7 +82,7 @@ class ModelAgent:
         spec = JobSpec(
             "job", options.world_size, options.every_s, supervised=options.supervised, slots=options.slots,
             tiers=_tiers(options), restart=PATIENT, numbers=NumbersPolicy("step_back", healthy=HEALTHY_AFTER),
-            hang=watching.PATIENCE,
+            hang=watching.PATIENCE, return_s=60.0,
         )  # fmt: skip
         self.machine = JobMachine(spec, node.witness.incidents.next_number)
         self.machine.keeper.health.recall(node.numbers.journal)
@@ -301,6 +301,8 @@ class ModelAgent:
                 for number in effect.ranks:
                     if number in self.ranks:
                         self.ranks[number].kill(9)
+                    else:
+                        takeover.end_orphan(self, number)
             case Gather():
                 watching.gather(self, effect)
             case CheckNode():

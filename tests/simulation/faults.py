@@ -12,9 +12,9 @@ The list, and what each leaves intact:
 - the node is lost with its disk, where there is a bucket;
 - an operator asks for a checkpoint, a restart, a step back or a stop at any moment.
 
-Not in it: all copies damaged at once, or the newest unnoticed while a full disk costs the one before it; bytes that
-several checkpoints share among them, damage of what no digest was taken of yet, and a launcher that is killed before
-its imports are done.
+Not in it: all copies damaged at once, or any where a NaN may leave but one of them healthy, or the newest unnoticed
+while a full disk costs the one before it; bytes that several checkpoints share among them, damage of what no digest was
+taken of yet, and a launcher that is killed before its imports are done.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Faults:
     def _damage_shard(self) -> bool:
         node = self._node
         safe = [item for item in node.witness.intact if item not in node.witness.leaving]
-        if len(safe) < 2 or node.witness.at_most is not None or node.witness.commit_unknown:
+        if len(safe) < 2 or node.options.nan_at or node.witness.at_most is not None or node.witness.commit_unknown:
             return False
         # On a disk that may be full the older one goes for room, before anybody has read the newest: see above.
         target = node.rng.choice(safe[-2:-1] if node.options.disk_files else safe[-2:])

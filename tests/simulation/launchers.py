@@ -76,6 +76,16 @@ class Launcher:
         if self.alive and self.ranks.get(process.rank) is process:
             self._reports.send(self._agent.rank_exited, process, self.node.clock.now_s)
 
+    def orphan_ended(self, process: RankProcess, agent: ModelAgent) -> None:
+        """Have the agent see an end by itself, once it knows of the rank: what this launcher has said comes first."""
+        if self._agent is agent:
+            self._reports.send(self._orphan_ended, process, agent, self.node.clock.now_s)
+        else:
+            self._orphan_ended(process, agent, self.node.clock.now_s)
+
+    def _orphan_ended(self, process: RankProcess, agent: ModelAgent, at_s: float) -> None:
+        self.node.clock.after(self.node.rng.uniform(0, 0.05), agent, "report", agent.rank_exited, process, at_s)
+
     def return_to(self, agent: ModelAgent) -> None:
         """Come back to another agent, once all that the one before has said is done."""
         self._orders.send(self._return_to, agent)
@@ -127,7 +137,7 @@ class ForeignLauncher:
         for process in self._ranks:
             process.kill(15)
         yield rng.uniform(0, 0.3)
-        if not self.node.agent.alive:
+        while not self.node.agent.alive:
             yield self.node.agent_back
         if incarnation != self._incarnation:
             return

@@ -120,8 +120,7 @@ class Node:
         elif self.launcher is not None and self.launcher.alive:
             self.launcher.rank_ended(process)
         elif self.launcher is not None and self.launcher.ranks.get(process.rank) is process:
-            at_s = self.clock.now_s
-            self.clock.after(self.rng.uniform(0, 0.05), self.agent, "report", self.agent.rank_exited, process, at_s)
+            self.launcher.orphan_ended(process, self.agent)
         self.witness.takeovers.forget_lost()
 
     def kill_agent(self) -> None:
@@ -147,10 +146,11 @@ class Node:
             self._start_agent()
             return
         self.note("agent", "takes over")
+        back = self.agent_back  # another one if this agent dies in its first moment
         self.agent = ModelAgent(self, self.journal)
         self.witness.agent_takes_over()
         self.agent.start()
-        self.agent_back.fire()
+        back.fire()
         for process in self.processes():
             if process.alive:
                 self.clock.after(self.rng.uniform(0, 0.1), process, "rank", process.agent_is_back)
@@ -181,15 +181,19 @@ class Node:
         self.stop_ordered = False
         self.witness.agent_begins()
         self.numbers.agent_begins()
+        back = self.agent_back
         self.agent = ModelAgent(self)
         self.agent.start()
-        self.agent_back.fire()
+        back.fire()
 
     def job_ended(self, end: e.End) -> None:
         """Judge the end of the job; run it again when it ended for a good reason before it was finished."""
         self.note("end", end)
         witness = self.witness
         if end.error is not None:
+            if self.numbers.excuses(end.error):
+                self.finished = True  # the same command would end in the same way, until somebody decides
+                return
             excused = witness.hopeless() or witness.bucket.excuses(end.error)
             witness.require(excused, f"the job ends with an error: {end.error}")
         elif end.outcome == JobState.FINISHED.value:

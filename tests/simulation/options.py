@@ -5,6 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+FAULT_KINDS = (
+    "rank", "rank", "rank", "rank", "rank", "ranks", "ranks", "launcher", "agent", "agent", "agent", "stop",
+    "hang", "hang",
+    "damage", "damage", "damage", "memory", "memory", "memory", "checkpoint", "restart", "step back", "step back",
+    "bucket down", "bucket slow", "disk lost", "disk lost",
+)  # fmt: skip
+"""How often each is drawn, beside takeovers in some of the runs, for which the job writes down more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -59,12 +67,7 @@ class Options:
     """The chance that a look at the node finds it unfit, while faults last."""
     nan_at: int = 0
     """The step whose batch makes the loss of one rank a NaN, and then the weights of all; 0: none does."""
-    fault_kinds: tuple[str, ...] = (
-        "rank", "rank", "rank", "rank", "rank", "ranks", "ranks", "launcher", "agent", "agent", "agent", "stop",
-        "hang", "hang",
-        "damage", "damage", "damage", "memory", "memory", "memory", "checkpoint", "restart", "step back", "step back",
-        "bucket down", "bucket slow", "disk lost", "disk lost",
-    )  # fmt: skip
+    fault_kinds: tuple[str, ...] = FAULT_KINDS
 
     @classmethod
     def draw(cls, seed: int) -> Options:
@@ -72,6 +75,7 @@ class Options:
         rng = random.Random(f"options {seed}")
         step_s = rng.choice((0.02, 0.05, 0.1, 0.3)) * rng.uniform(0.7, 1.3)
         every_s = step_s * rng.choice((1, 2, 4, 8)) + rng.uniform(0, 0.1)
+        bucket, bad_step = rng.random() < 0.4, rng.choice((0, 0, 0, 0, rng.randint(1, 60)))
         return cls(
             world_size=rng.choice((1, 2, 2, 2, 2, 3)),
             supervised=rng.random() < 0.75,
@@ -92,7 +96,7 @@ class Options:
             fault_chance=rng.choice((0.001, 0.003, 0.01, 0.03)),
             write_error_chance=rng.choice((0.0, 0.0, 0.02, 0.1)),
             stall_chance=rng.choice((0.0, 0.1)),
-            bucket=rng.random() < 0.4,
+            bucket=bucket,
             bucket_put_s=every_s * rng.choice((0.01, 0.1, 0.5, 1.5)),
             bucket_error_chance=rng.choice((0.0, 0.0, 0.02, 0.25)),
             bucket_fault_chance=rng.choice((0.001, 0.01, 0.03)),
@@ -103,4 +107,6 @@ class Options:
             disk_files=rng.choice((0, 0, 0, rng.randint(2, 15))),
             scrub_s=every_s * rng.choice((0, 1, 1, 5)),
             unfit_chance=rng.choice((0.0, 0.0, 0.0, 0.5)),
+            nan_at=0 if bucket else bad_step,  # the witness of numbers knows no lineage of what is in a bucket alone
+            fault_kinds=(*FAULT_KINDS, *rng.choice(((), (), ("takeover",) * 6))),
         )

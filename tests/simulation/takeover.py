@@ -23,7 +23,9 @@ Account = tuple[int, bool, bool, tuple[int, ...], tuple[e.RankSealed, ...], tupl
 
 
 def remember(agent: ModelAgent) -> None:
-    """Write down what the next agent needs."""
+    """Write down what the next agent needs, where one may take over."""
+    if "takeover" not in agent.node.options.fault_kinds:
+        return
     agent.node.journal = json.dumps(agent.machine.handover().to_json())
 
 
@@ -127,3 +129,10 @@ def kill_orphans(agent: ModelAgent, number: int) -> None:
     """Kill ranks whose launcher is gone, or not back yet."""
     for process in [] if agent.family is None else agent.family.ranks.values():
         process.kill(number)
+
+
+def end_orphan(agent: ModelAgent, rank: int) -> None:
+    """Kill one rank of another launcher that is not back yet."""
+    for process in [] if agent.node.foreign is None else agent.node.foreign.processes:
+        if agent.orphans.get(process.pid) == rank:
+            process.kill(9)

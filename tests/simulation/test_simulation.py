@@ -18,7 +18,7 @@ from tests.simulation.node import Node, SimulationError, run
 from tests.simulation.options import Options
 from tests.simulation.storage import TIER
 
-SEEDS = int(os.environ.get("CKPTD_SIM_SEEDS", "800"))
+SEEDS = int(os.environ.get("CKPTD_SIM_SEEDS", "500"))
 FIRST_SEED = int(os.environ.get("CKPTD_SIM_FIRST_SEED", "0"))
 
 REACHED = (
@@ -28,6 +28,7 @@ REACHED = (
     "snapshot abandoned", "restart delayed", "damage found in memory", "damage found on the disk", "referred to",
     "replicas differ", "given up", "from bucket", "UploadFailed", "upload skipped", "agent killed during an upload",
     "bucket down", "bucket slow", "disk lost", "tier unreadable", "fetch failed",
+    "takeover", "rank returned", "job adopted", "NaN heard", "stepped back",
     "hang found", "room made", "record removed", "damage found by a scrub", "mended by a scrub", "offered again",
 )  # fmt: skip
 """What a campaign must have met, or its faults don't reach what they are meant to test."""
@@ -39,7 +40,7 @@ def test_every_seed_finishes_within_the_design():
     seen: Counter[str] = Counter()
     for seed in range(FIRST_SEED, FIRST_SEED + SEEDS):
         seen += run(seed).witness.seen
-    if SEEDS >= 800:
+    if SEEDS >= 500:
         assert [what for what in REACHED if not seen[what]] == []
 
 

@@ -295,7 +295,7 @@ def never_decide(patch):
 MUTATIONS = [
     (release_newest, "begins with|, the newest|is offered, not from|is given up"),
     (release_under_a_flush, "while a flush reads it|is given up"),
-    (plan_without_memory, "begins with"),
+    (plan_without_memory, "begins with|is offered, not from memory"),
     (complete_without_the_last, "which is not complete"),
     (complete_after_a_death, "finds no free slot|which is not complete|begins with"),
     (offer_what_was_left_behind, "begins with|is no ancestor"),
@@ -309,7 +309,7 @@ MUTATIONS = [
     (trust_replicas, "which is not complete|know whether replicas differ"),
     (forget_that_replicas_differ, "says whole"),
     (prune_the_newest, "is removed from local and nothing newer is committed"),
-    (flush_two_at_once, "a second flush begins"),
+    (flush_two_at_once, "a second flush begins|the final checkpoint is not committed"),
     (flush_the_other_slot, "was digested wrong|while a flush reads it"),
     (flush_one_rank_only, "lacks shard"),
     (claim_the_same_number, "is taken twice"),
@@ -326,12 +326,20 @@ MUTATIONS = [
 ]
 
 
+NEAR = {
+    "complete_after_a_death": 60, "offer_what_was_left_behind": 543, "unpin_uploads": 21, "upload_two_at_once": 21,
+    "forget_the_bucket": 83, "begin_afresh_when_the_bucket_is_down": 44,
+}  # fmt: skip
+"""The first seed that reaches what few of them do, for speed: later ones are tried as well."""
+
+
 @pytest.mark.parametrize(("mutation", "named"), MUTATIONS, ids=[mutation.__name__ for mutation, _ in MUTATIONS])
 def test_a_broken_core_is_noticed(monkeypatch, mutation, named):
     """Proves that the simulation notices a core that breaks one of its rules, and names the rule."""
     mutation(monkeypatch)
+    first = NEAR.get(mutation.__name__, 0)
     with pytest.raises(SimulationError, match=named):
-        for seed in range(SEEDS):
+        for seed in range(first, first + SEEDS):
             run(seed)
 
 

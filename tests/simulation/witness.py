@@ -284,7 +284,9 @@ class Witness(RankWitness):
         """Check that nobody needs what a slot holds."""
         self.require(slot not in self._flushing, f"{why} writes {slot} while a flush reads it")
         best = self.usable(self.memory, MEMORY)
-        if best:
+        # Who takes over leaves the second newest alone, of which nobody tells when the newest proves damaged.
+        left_alone = self.takeovers.count and best and max(self.intact, default=best[-1]) > best[-1]
+        if best and not left_alone:
             self.require(slot not in self.memory[best[-1]], f"{why} writes {slot}, which holds {best[-1]}, the newest")
 
     def flush_begins(self, order: e.Flush, slots: list[Slot]) -> None:
@@ -306,7 +308,8 @@ class Witness(RankWitness):
         newer = max(map(self.chain.index, left), default=-1) > at or (
             tier == BUCKET and self.bucket.outdated(checkpoint)
         )
-        self.require(newer, f"{checkpoint} is removed from {tier} and nothing newer is committed")
+        beyond = self.at_most is not None and checkpoint.step > self.at_most  # where nothing begins any more
+        self.require(newer or beyond, f"{checkpoint} is removed from {tier} and nothing newer is committed")
 
     def generation_claimed(self, number: int, parent: CheckpointId | None) -> None:
         """Note a generation record: from now on the lineage goes through its parent."""

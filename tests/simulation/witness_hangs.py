@@ -55,9 +55,11 @@ class HangWitness:
         node.witness.seen["hang found"] += 1
         phases = [process.page.phase for process in agent.ranks.values() if process.page is not None]
         (first, *others) = guilty
-        known = first.own_steps * node.options.step_s > _KNOWN_AFTER_S
+        # The steps after a first one that took long may take long as well.
+        known = first.own_steps > 3 and first.own_steps * node.options.step_s > _KNOWN_AFTER_S
         usual = known and not others and all(phase == "training" for phase in phases)
-        if usual and agent.began_s < self._since_s[first] and len(phases) == node.options.world_size:
+        seen_from_s = agent.began_s + _KNOWN_AFTER_S * bool(node.witness.takeovers.count)
+        if usual and seen_from_s < self._since_s[first] and len(phases) == node.options.world_size:
             limit_s = max(PATIENCE.floor_s, 15 * node.options.step_s)
             node.witness.require(ages[first] < 2 * limit_s, f"{first} was found after {ages[first]:.1f} s")
             node.witness.seen["hang found soon"] += 1

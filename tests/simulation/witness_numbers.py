@@ -12,6 +12,7 @@ from ckptd.core import events as e
 from ckptd.core.number_events import Marked, Reported
 from ckptd.core.prune_events import MakeRoom, Prune
 from ckptd.core.restore import Source
+from ckptd.errors import CkptdError
 from ckptd.types import CheckpointId
 from tests.simulation.storage import TIER
 
@@ -79,10 +80,13 @@ class NumbersWitness:
         """Check what the next generation is to begin with."""
         witness = self._node.witness
         limit = float("inf") if witness.at_most is None else witness.at_most
-        stored = [item for item in witness.chain if item in self._node.disk.manifests or item in witness.memory]
-        healthy = [item.step for item in stored if item in self._proven and item.step <= limit]
+        healthy = [item for item in witness.chain if item in self._proven and item.step <= limit]
+        here = [item.step for item in healthy if item in self._node.disk.manifests or item in witness.memory]
+        there = [item.step for item in healthy if item in self._node.bucket.manifests]  # if it could be read
         self._require(self._bad is not None or self._suspected, "steps back, and nobody has reported a NaN")
-        self._require(not healthy or step == max(healthy), f"steps back to {step}, {healthy} are healthy")
+        newest = max(here, default=0)
+        self._require(not here or step == newest or step in there, f"steps back to {step}, {here} are healthy")
+        self._require(step >= newest, f"steps back to {step}, {here} are healthy")
         witness.at_most = step
         if not step:  # where the job began: nothing of what there is belongs to its past any more
             witness.chain.clear()
@@ -107,10 +111,15 @@ class NumbersWitness:
         held = self._node.disk.manifests if tier == TIER else self._node.bucket.manifests
         return [item for item in self._node.witness.chain if item in held and item in self._proven]
 
+    def _is_damaged(self, checkpoint: CheckpointId, tier: str) -> bool:
+        """Whether a copy is worth nothing, so that it may go as soon as somebody has noticed."""
+        return tier == TIER and checkpoint not in self._node.witness.intact
+
     def _let_go(self, order: Prune | MakeRoom) -> None:
         """Check that the newest healthy one stays, of those that nobody has let go before."""
         staying = [item for item in self._healthy(order.tier) if Source(item, order.tier) not in self._leaving]
-        self._require(not staying or staying[-1] not in order.ids, f"{staying[-1:]} is let go, the newest healthy")
+        stays = not staying or staying[-1] not in order.ids or self._is_damaged(staying[-1], order.tier)
+        self._require(stays, f"{staying[-1:]} is let go, the newest healthy")
         self._leaving |= {Source(item, order.tier) for item in order.ids}
 
     def steps_back_beyond(self, checkpoint: CheckpointId) -> bool:
@@ -121,7 +130,14 @@ class NumbersWitness:
     def checkpoint_leaves(self, checkpoint: CheckpointId, tier: str) -> None:
         """Check that it is not the only healthy one there; what was let go may have proved healthy only then."""
         healthy = self._healthy(tier)
-        self._require(healthy != [checkpoint], f"{checkpoint} is removed from {tier}, the last healthy one")
+        stays = healthy != [checkpoint] or self._is_damaged(checkpoint, tier)
+        self._require(stays, f"{checkpoint} is removed from {tier}, the last healthy one")
+
+    def excuses(self, error: CkptdError) -> bool:
+        """Whether a job may end with an error because nothing that proved healthy ever came to a tier."""
+        witness, node = self._node.witness, self._node
+        there = {*node.disk.manifests, *node.bucket.manifests, *witness.memory}
+        return "is suspect" in error.message and not there & self._proven
 
     def job_finished(self) -> None:
         """Check what a finished job leaves."""

@@ -28,6 +28,7 @@ class RankWitness:
     seen: Counter[str]
     _claims: dict[int, CheckpointId | None]
     _finished: dict[int, tuple[int, int]]
+    flush_failures: dict[CheckpointId, int]
 
     def require(self, holds: bool, message: str) -> None:
         """Fail the run unless something holds."""
@@ -50,7 +51,8 @@ class RankWitness:
     def no_slot(self, process: RankProcess, *, final: bool) -> None:
         """Note a capture that found no free slot: no surprise when messages take longer than a few steps."""
         slow = self._node.options.latency_s > REACTION_S / 2
-        self.require(slow and not final, f"{process} finds no free slot at step {process.step}")
+        kept = max(self.flush_failures.values(), default=0) > 5  # by a disk that refused a snapshot for minutes
+        self.require((slow and not final) or kept, f"{process} finds no free slot at step {process.step}")
         self.seen["no free slot"] += 1
 
     def rank_killed(self, process: RankProcess) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from ckptd.core import events as e
@@ -29,6 +30,7 @@ class TakeoverWitness:
         """Note that an agent takes over, and what of the memory is still in somebody's hands."""
         self.count += 1
         self._announced = set()
+        self._witness.at_most = json.loads(self._node.journal).get("at_most_step")
         self.forget_lost()
 
     def agent_begins(self) -> None:
@@ -61,5 +63,6 @@ class TakeoverWitness:
         witness.seen["rank returned"] += 1
         for shard in event.sealed:
             slot = agent.arena.slots[event.rank][shard.slot]
-            witness.check_content(tuple(slot.cells), event.rank, shard.id, "handed back")
+            if not slot.flipped:
+                witness.check_content(tuple(slot.cells), event.rank, shard.id, "handed back")
             witness.sealed_by(event.rank, shard.id, shard.slot, shard.witness)

@@ -128,6 +128,11 @@ def time_left(policy: HaltPolicy, pace: Pace, now_s: float, wall: float) -> Time
     return TimeLeft(left_s, whole_s, margin_s, limit, reasons)
 
 
+def grace_within(left: TimeLeft) -> float:
+    """Return how long a stop may take that has to be over before the time is: ranks may have to be killed then."""
+    return round(max(_GRACE_MIN_S, left.left_s - min(_END_S, left.left_s / 4)), 3)
+
+
 def wants_measure(left: TimeLeft, pace: Pace) -> bool:
     """Whether a checkpoint is due only to learn how long one takes."""
     return not pace.known and left.left_s <= left.whole_s * (1 - _MEASURE_BY)
@@ -142,9 +147,9 @@ def decide(
     which `last_step` prepares.
     """
     if left is not None and left.left_s <= left.margin_s:
-        grace_s = max(_GRACE_MIN_S, left.left_s - min(_END_S, left.left_s / 4))
+        grace_s = grace_within(left)
         what = f"{left.limit} is in {max(0.0, left.left_s):.3g} s, and stopping may take {left.margin_s:.3g} s"
-        return Halt(what, round(grace_s, 3))
+        return Halt(what, grace_s)
     if conditions.at is not None and wall >= conditions.at:
         return Halt("the moment has come at which it was to stop", policy.grace_s)
     if conditions.after_step is not None and newest_step >= conditions.after_step:

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 
 from ckptd.types import CheckpointId
 
+_REMEMBERED = 16
+"""However long ago: more than are needed in a row to give up, or for the longest delay."""
+
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
@@ -107,6 +110,13 @@ def decide(failures: Sequence[Failure], policy: RestartPolicy, older: Checkpoint
         reasons.append(f"after {delay_s:g} s, since {quick} generations in a row died early and made no progress")
     at_most_step = older.step if older is not None and repeated == limit else None
     return RestartDecision(restart=True, delay_s=delay_s, reasons=tuple(reasons), at_most_step=at_most_step)
+
+
+def remembered(failures: Sequence[Failure], policy: RestartPolicy) -> list[Failure]:
+    """Return those of `failures` that can still change a decision: the journal has them with every word of a job."""
+    oldest_s = failures[-1].at_s - policy.window_s if failures else 0.0
+    recent = sum(1 for failure in failures if failure.at_s > oldest_s)
+    return list(failures[-max(recent, _REMEMBERED) :])
 
 
 def _give_up(verdict: str, reason: str) -> RestartDecision:

@@ -164,9 +164,3 @@ def test_a_manifest_that_is_not_json(light: World) -> None:
     assert "is not JSON" in last_words(output)
     manifest.write_bytes(before)
     assert "restored (30, 'local')" in world.finish(world.run(LIGHT, 50, 0))
-
-
-def test_another_world_size_goes_on(world: World) -> None:
-    """A checkpoint of two ranks is restored by one, which trains on from its step."""
-    world.finish(world.run("train.py", 20))
-    assert "restored (20, 'local')" in world.finish(world.run("train.py", 30, nproc=1))

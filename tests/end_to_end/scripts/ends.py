@@ -13,6 +13,7 @@ import sys
 import time
 
 import ckptd
+from tests.end_to_end.scripts.meeting import meet
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--how", required=True)
@@ -22,19 +23,6 @@ parser.add_argument("--cgroup")
 options = parser.parse_args()
 rank = int(os.environ["RANK"])
 data = bytearray(4096)
-
-
-def meet() -> socket.socket:
-    """Connect the two ranks."""
-    place = ("127.0.0.1", int(os.environ["MASTER_PORT"]))
-    if rank == 0:
-        with socket.create_server(place) as server:
-            return server.accept()[0]
-    while True:
-        try:
-            return socket.create_connection(place)
-        except ConnectionRefusedError:
-            time.sleep(0.002)
 
 
 def eat() -> None:
@@ -70,7 +58,7 @@ def end(peer: socket.socket) -> None:
 
 
 with ckptd.attach(data=data) as run:
-    peer = meet()
+    peer = meet(rank)
     for step in run.steps(options.steps):
         if rank == 1 and run.generation == 1 and step == options.at:
             end(peer)

@@ -9,11 +9,13 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ckptd.cli import slurm
+from ckptd.cli.common import when
 from ckptd.config import DEFAULT_PRELOAD, OVERLAPS, AgentConfig, JobConfig, absolute_job, parse_rate, read_origin
 from ckptd.core import events as e
 from ckptd.daemon.agent import Agent
@@ -212,7 +214,11 @@ def _halt_config(options: argparse.Namespace) -> HaltConfig:
         "ends_at": slurm.end_time(os.environ),
         "preempt_notice": options.preempt_notice,
     }
-    return read_halt(said)
+    config = read_halt(said)
+    if config.at is not None and config.at <= time.time():
+        hint = "the job would stop at once, and whoever starts it again for its exit code would do so for ever"
+        raise ConfigError(f"--halt-at is {when(config.at)}, which is over", hint=hint)
+    return config
 
 
 def job_name(command: tuple[str, ...]) -> str:

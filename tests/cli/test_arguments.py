@@ -37,6 +37,7 @@ def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("tag gpt --remove", "no tag is named", "ckptctl tag gpt"),
         ("tag gpt --move", "no tag is named", "ckptctl tag gpt"),
         ("tag gpt best 30 --remove", "whatever step it names", "leave out STEP"),
+        ("run --halt-at 2026-01-01T00:00:00 -- train.py", "which is over", "would stop at once"),
         ("ls gpt --store=", "no store is named", "--store ./runs"),
         ("run --nproc 2 train.py --lr 3", "unknown arguments: train.py --lr 3", "put the command behind --"),
         ("ls gpt --tiers local", "unknown arguments: --tiers local", "--help"),

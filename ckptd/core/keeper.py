@@ -117,8 +117,6 @@ class Keeper:
     ) -> None:
         """Take in what the tiers hold already."""
         self.tiers.found(sources, held, unread)
-        if not unread:
-            self._forget_health()
         if sources:
             self.last_committed = sources[0]
 
@@ -306,10 +304,10 @@ class Keeper:
         }
         fields |= {name: value for name, value in snapshot.values.items() if name not in _TAKEN.union(fields)}
         pruned = self._prune(event.tier, restorable, now.s) if usable else []
-        self._forget_health()
+        self.forget_health()
         return [Log("checkpoint committed", fields), *skipped, *pruned, *self._settle(now.s)]
 
-    def _forget_health(self) -> None:
+    def forget_health(self) -> None:
         """Forget of which checkpoints the health is known that are nowhere any more."""
         everywhere = {item for held in self.tiers.held.values() for item in held}
         self.health.keep(everywhere.union(self.book.snapshots, (source.id for source in self.tiers.going)))

@@ -44,6 +44,8 @@ class Planning(Halting):
         self.offers.read(event.sources, event.unread)
         self.keeper.found(event.sources, event.held, event.unread)
         self._blind = bool(event.unread) and not self.offers.stored
+        if self.state is JobState.PREPARING and not event.unread:  # else ranks may come back with what is on no tier
+            self.keeper.forget_health()
         effects: list[Effect] = []
         for tier, error in event.unread.items():
             effects.append(Log("tier unreadable", {"tier": tier, "error": str(error)}, level="error"))

@@ -60,6 +60,8 @@ class Recovery:
         ]
         incident = history.get("incident")
         self.incident = None if incident is None else OpenIncident.from_json(incident)
+        if self.incident is not None:  # which the agent before may not have come to record
+            self._next_number = max(self._next_number, self.incident.incident.number + 1)
 
     @property
     def next_number(self) -> int:

@@ -135,6 +135,9 @@ def test_it_survives_being_written_down(course):
     health.skip_bad()
     heir.recall(json.loads(json.dumps(health.to_json())))
     assert (heir.healthy, heir.suspect, heir.skipped) == (health.healthy, health.suspect, health.skipped)
+    heir.resume(1, None, health.healthy | health.suspect)
+    assert (heir.healthy, heir.suspect) == (health.healthy, health.suspect), "its generation goes on"
+    assert set(heir.needed(health.healthy)) >= set(sorted(health.healthy)[-1:])
     heir.keep([])
     assert not heir.healthy | heir.suspect
 

@@ -121,6 +121,14 @@ def test_incidents_are_numbered_on_from_the_journal():
     assert recovery.incident.incident.number == 8
 
 
+def test_an_incident_that_was_never_recorded_keeps_its_number():
+    """Proves that an open incident that a new agent takes over, and its journal lacks, shares its number with none."""
+    recovery, heir = history(), history()
+    recovery.failed(generation(1, 5), killed(0), (), 1.0, 1e9)
+    heir.recall(recovery.history())
+    assert (heir.incident.incident.number, heir.next_number) == (7, 8)
+
+
 def test_progress_is_measured_against_the_failure_before():
     """Proves that a generation which restores and dies where the last one died has made none."""
     recovery = history()

@@ -320,6 +320,7 @@ class Adopting(Failing):
             effects.append(Recall())
         if self.state not in LIVE:
             return effects
+        effects += self._yield_slot(now)
         if self._orphaned is not None:
             captured = not (self.awaited or self.keeper.wished or self.keeper.announced)
             if captured or now.s >= self._orphans_until_s:
@@ -332,6 +333,20 @@ class Adopting(Failing):
             self._said_missing = True
             effects += self._miss(now)
         return effects
+
+    def _yield_slot(self, now: Now) -> list[Effect]:
+        """Have a slot for ranks that have come back with no step left to do: what they began with may be gone.
+
+        They capture once more, but never train, so that no capture is announced to them; and a single slot holds what
+        is committed by now.
+        """
+        generation = self.generation
+        if generation is None or generation.number != self._adopted or self.adopting or not self.keeper.wished:
+            return []
+        if generation.training or not generation.all_in(generation.restored):
+            return []
+        self.keeper.book.make_room()
+        return self.keeper.tick(now.s)
 
     def _miss(self, now: Now) -> list[Effect]:
         """Say who is missing; whoever had left, and does not wait for its last commit, does not come back."""

@@ -60,9 +60,25 @@ class Health:
         self._open = self._line - self.healthy
 
     def resume(self, generation: int, parent: CheckpointId | None, line: Iterable[CheckpointId]) -> None:
-        """Go on with a generation that another agent has begun: what it has written down of `line` holds."""
+        """Go on with a generation that another agent has begun: what it has written down of `line` holds.
+
+        Of what was reported to that one no more is known than that a step after the newest healthy checkpoint was good.
+        """
         self.read(line)
         self._generation, self._began_at = generation, 0 if parent is None else parent.step
+        proven = max((item.step + 1 for item in self.healthy if item.generation == generation), default=0)
+        if proven and (self.first_bad is None or proven < self.first_bad):
+            self._steps = sorted({*self._steps, proven})
+        self._doubt()
+        self._prove()
+
+    def returned(self, checkpoint: CheckpointId) -> None:
+        """Note a complete snapshot that its ranks have brought to another agent: what is written down of it holds."""
+        self._line.add(checkpoint)
+        if checkpoint not in self.healthy:
+            self._open.add(checkpoint)
+        self._doubt()
+        self._prove()
 
     def begin(self, generation: int, parent: CheckpointId | None) -> None:
         """Begin a generation: what is newer than `parent` is none of its past."""
@@ -115,13 +131,19 @@ class Health:
         self._steps = [item for item in self._steps if item < self.first_bad or item > self._last_bad]
         if self.first_bad == before:
             return False
+        self._doubt()
+        return True
+
+    def _doubt(self) -> None:
+        """Call suspect what the present trouble, if there is one, may have spoilt."""
+        if self.first_bad is None:
+            return
         doubtful = {item for item in self._line if item.generation == self._generation} | self._open
         doubtful = {item for item in doubtful if item.step >= self.since}
         self._open |= doubtful
         self.healthy -= doubtful
         self.suspect |= doubtful
         self._doubted |= doubtful
-        return True
 
     def _prove(self) -> bool:
         """Call healthy what enough healthy steps have followed; of those beyond a bad one only when that has passed."""

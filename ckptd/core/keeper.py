@@ -108,7 +108,7 @@ class Keeper:
         """Take in what slots hold that came from another agent; want a capture, which somebody may have asked for."""
         disputed = self.book.adopt(shards, self.tiers.held[self.tiers.first], trusted, now_s)
         for snapshot in self.book.complete:
-            self.health.sealed(snapshot.id)
+            self.health.returned(snapshot.id)
         self.want(now_s)
         return [effect for item in disputed for effect in self._disputed(item, now_s)] + self._settle(now_s)
 

@@ -50,6 +50,8 @@ class Tiers:
         """What was known of copies whose removal is under way."""
         self.counters = UploadCounters()
         self._parents: dict[int, CheckpointId] = {}
+        self._beyond: set[CheckpointId] = set()
+        """What was found that is newer than all that a restart could begin with: a step back has left it behind."""
         self._unknown = {spec.name for spec in specs}
         """Tiers that were never read: they may hold anything."""
         self._collect_at_s: dict[str, float] = {}
@@ -70,6 +72,9 @@ class Tiers:
                 facts = {source.id: Held(source.id) for source in copies if source.tier == tier}
                 self.held[tier] = facts | {item.id: item for item in held.get(tier, ())}
                 self._unknown.discard(tier)
+        best = max((source.id for source in copies), default=None)
+        known = {item for tier, items in self.held.items() if tier not in unread for item in items}
+        self._beyond = {item for item in known if best is not None and item > best}
         newest = max((source.id for source in copies if source.tier == self.first), default=None)
         if newest is not None:
             self._offer_where_missing(newest)
@@ -86,9 +91,11 @@ class Tiers:
                 self._offer_where_missing(parent)
 
     def left_behind(self, checkpoint: CheckpointId) -> bool:
-        """Whether a generation of this run has begun with something older, so that it is not in the lineage."""
+        """Whether a generation has begun with something older, so that it is not in the lineage."""
         cuts = self._parents.items()
-        return any(checkpoint > parent and checkpoint.generation < generation for generation, parent in cuts)
+        return checkpoint in self._beyond or any(
+            checkpoint > parent and checkpoint.generation < generation for generation, parent in cuts
+        )
 
     def _offer_where_missing(self, checkpoint: CheckpointId) -> None:
         for tier, queue in self.uploads.items():
@@ -109,6 +116,7 @@ class Tiers:
     def flushed(self, item: Held, *, upload: bool) -> list[Effect]:
         """Note a commit on the first tier, and queue it for the others if it is worth their while."""
         self.held[self.first][item.id] = item
+        self._beyond.discard(item.id)
         effects: list[Effect] = []
         for queue in self.uploads.values() if upload else ():
             effects += self._skipped(queue, queue.offer(item.id))

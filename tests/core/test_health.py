@@ -143,6 +143,45 @@ def test_it_survives_being_written_down(course):
 
 
 @given(steps)
+def test_what_was_proved_to_another_agent_is_not_doubted_again(course):
+    """Proves that a bad step casts no doubt on what was healthy before, though this agent has heard of no good one."""
+    health, heir = Health(2), Health(2)
+    health.begin(1, None)
+    play(health, course)
+    heir.recall(health.to_json())
+    heir.resume(1, None, ())
+    for checkpoint in sorted(health.healthy):  # from the memory of ranks
+        heir.returned(checkpoint)
+    heir.bad(50)
+    assert heir.healthy == health.healthy
+    newest = max((item.step for item in health.healthy), default=-1)
+    assert heir.since == newest + 1
+
+
+def test_what_a_generation_began_with_stays_healthy_in_memory_alone():
+    """Proves that what the generation of another agent began with is healthy to the next one, and where it began."""
+    heir = Health(2)
+    heir.recall({"healthy": [cid("g1/s10")._asdict()], "suspect": [], "afresh": True})
+    heir.resume(2, cid("g1/s10"), ())
+    heir.returned(cid("g1/s10"))
+    heir.bad(11)
+    assert (heir.healthy, heir.suspect, heir.afresh) == ({cid("g1/s10")}, set(), True)
+
+
+def test_what_is_heard_before_the_checkpoints_are_known():
+    """Proves that what comes back, or is found, after a report is judged by it as if it had been known before."""
+    heir = Health(2)
+    for step in (11, 12, 13):
+        heir.good(step)
+    heir.bad(14)
+    heir.resume(1, None, [cid("g1/s10"), cid("g1/s12"), cid("g1/s15")])
+    heir.returned(cid("g1/s11"))
+    heir.returned(cid("g1/s16"))
+    assert heir.healthy == {cid("g1/s10"), cid("g1/s11")}
+    assert heir.suspect == {cid("g1/s15"), cid("g1/s16")}
+
+
+@given(steps)
 def test_manifests_tell_no_lie(course):
     """Proves that what the values of manifests tell of a course is right, as far as the newest of them can know."""
     health = Health(2)

@@ -29,15 +29,23 @@ def take_over(before: Script, memory: tuple[tuple[int, int], ...] = (), **change
     """Let another agent take a job over, as it would from the journal; return it and what it wants done first."""
     handover = Handover.from_json(json.loads(json.dumps(before.machine.handover().to_json())))
     assert handover == before.machine.handover()
-    after = Script(ranks=len(before.ranks), every_s=before.machine.spec.every_s)
+    after = Script(ranks=len(before.ranks), every_s=before.machine.spec.every_s, slots=before.machine.spec.slots)
     after.now_s, after.pids = before.now_s, dict(before.pids)
     handover = replace(handover, **changes)
     return after, after._show(after.machine.adopt(handover, Now(after.now_s, 1e9 + after.now_s), memory))
 
 
-def back(job: Script, rank: int, step: int, *sealed: HeldShard, unknown: tuple[int, ...] = ()) -> list[str]:
+def back(
+    job: Script,
+    rank: int,
+    step: int,
+    *sealed: HeldShard,
+    unknown: tuple[int, ...] = (),
+    slots: tuple[int, ...] = (0, 1),
+    stepped: bool = True,
+) -> list[str]:
     """Let a rank come back."""
-    return job.feed(RankReturned(rank, job.pids[rank], step, True, True, (0, 1), sealed, unknown))
+    return job.feed(RankReturned(rank, job.pids[rank], step, True, stepped, slots, sealed, unknown))
 
 
 def announced(job: Script, step: int) -> int:
@@ -100,6 +108,25 @@ def test_a_last_capture_waits_for_the_others(training: Script) -> None:
     back(job, 0, 30, held(0, "g1/s10"), held(1, "g1/s30", final=True))
     back(job, 1, 30, held(0, "g1/s10"))
     assert job.sealed(1, 30, 1, final=True) == ["announce None", "flush g1/s30", "release 0:0", "release 1:0"]
+
+
+def test_a_rank_with_no_step_left_has_the_only_slot() -> None:
+    """Ranks restored at their last step capture it once more for the next agent: the single slot is theirs."""
+    before = Script(slots=1)
+    before.begin_training()
+    before.all_sealed(10, 0, final=True)
+    before.all_die()
+    before.up_to_joined(2)
+    before.restored()
+    job, _ = take_over(before)
+    job.store(last_generation=2)
+    back(job, 0, 10, unknown=(0,), slots=(0,), stepped=False)
+    assert "flush g1/s10" in back(job, 1, 10, unknown=(0,), slots=(0,), stepped=False)
+    job.feed(e.CheckpointWanted())
+    assert job.wait(0.1) == []
+    job.committed("g1/s10")
+    assert job.wait(0.1) == ["release 0:0", "release 1:0"]
+    assert job.all_sealed(10, 0, final=True)[-1] == "flush g2/s10"
 
 
 def test_slots_of_an_older_generation_are_known_from_the_journal(training: Script) -> None:

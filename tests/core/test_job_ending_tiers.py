@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from ckptd.core import events as e
+from ckptd.core.restore import Source
 from ckptd.core.uploads import FINAL_UPLOAD_TRIES
 from ckptd.errors import FencedError, RefusedError
+from ckptd.types import Held
 from tests.core.bucket import commit, logged, train, with_bucket
-from tests.core.script import Script
+from tests.core.script import Script, cid
 
 
 @pytest.fixture
@@ -85,6 +88,17 @@ def test_a_stop_waits_for_the_upload_too_and_an_impatient_one_does_not(training)
     assert training.exited(1) == []
     assert training.stop() == []
     assert training.stop(checkpoint=False) == ["log upload skipped", "end stopped"]
+
+
+def test_a_stop_before_the_first_generation_uploads_what_a_step_back_has_left_the_newest(job):
+    """Proves that what lies in the bucket beyond a step back does not pass for the newest checkpoint of a new agent."""
+    there = {"local": ("g1/s8",), "bucket": ("g1/s26", "g1/s20", "g1/s14")}
+    held = {tier: tuple(Held(cid(item)) for item in items) for tier, items in there.items()}
+    job.begin()
+    lines = job.feed(e.StoreRead((Source(cid("g1/s8"), "local"),), 2, held))
+    assert lines == ["upload g1/s8 to bucket", "fetch g1/s8"]
+    assert job.stop() == ["log stopping"]
+    assert job.uploaded("g1/s8")[-1] == "end stopped"
 
 
 def test_a_failed_job_keeps_its_own_error(training):

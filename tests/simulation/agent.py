@@ -12,6 +12,7 @@ from ckptd.core import events as e
 from ckptd.core.adopt_events import Recall
 from ckptd.core.gate_events import CheckNode
 from ckptd.core.halt_events import Leave
+from ckptd.core.handover import Handover
 from ckptd.core.job import JobMachine, JobSpec, Now
 from ckptd.core.job_spec import TierSpec
 from ckptd.core.number_events import Reported
@@ -53,7 +54,7 @@ def _tiers(options: Options) -> tuple[TierSpec, ...]:
 class ModelAgent:
     """One agent with one job. `alive` ends with kill -9, `end` is set when the job is over."""
 
-    def __init__(self, node: Node, journal: str | None = None) -> None:
+    def __init__(self, node: Node, journal: Handover | None = None) -> None:
         """Begin, or take over what another agent has left in the `journal`."""
         options = node.options
         self.node = node

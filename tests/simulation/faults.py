@@ -10,7 +10,7 @@ The list, and what each leaves intact:
 - a snapshot in memory that is committed already is damaged, while its copy on the disk is intact;
 - the bucket is down or slow for a while, or refuses a request;
 - the node is lost with its disk, where there is a bucket;
-- an operator asks for a checkpoint, a restart, a step back or a stop at any moment.
+- an operator asks for a checkpoint, a restart, a step back or a stop at any moment, or for a stop to come.
 
 Not in it: all copies damaged at once, or any where a NaN may leave but one of them healthy, or the newest unnoticed
 while a full disk costs the one before it; bytes that several checkpoints share among them, damage of what no digest was
@@ -22,7 +22,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckptd.core import events as e
+from ckptd.core.halt_events import HaltWanted
 from ckptd.core.job_states import JobState
+from ckptd.core.policy.halt import Conditions
 from ckptd.core.restore import MEMORY
 
 if TYPE_CHECKING:
@@ -97,6 +99,8 @@ class Faults:
                 return self._step_back()
             case "stop":
                 return self._stop()
+            case "halt":
+                return self._halt()
         wish = e.CheckpointWanted() if kind == "checkpoint" else e.RestartWanted()
         self._node.note("fault", wish)
         self._node.agent.feed(wish)
@@ -190,6 +194,21 @@ class Faults:
         wish = e.StopWanted(node.rng.choice((0.5, 5.0, 20.0)), checkpoint=node.rng.random() < 0.8)
         node.note("fault", wish)
         node.agent.feed(wish)
+        return True
+
+    def _halt(self) -> bool:
+        node, rng = self._node, self._node.rng
+        if node.agent.machine.state is JobState.PENDING:
+            return False
+        step = max((rank.step for rank in node.agent.ranks.values()), default=0)
+        conditions = rng.choice((
+            Conditions(after_step=step + rng.randint(0, 20)),
+            Conditions(at=node.agent.now().wall + rng.uniform(0.0, 5.0)),
+            Conditions(at_next_checkpoint=True),
+        ))  # fmt: skip
+        node.stop_ordered = True
+        node.note("fault", conditions)
+        node.agent.feed(HaltWanted(conditions))
         return True
 
 

@@ -52,6 +52,7 @@ def cell_of(rank: int, step: int, state: int, part: int) -> Cell:
     return Cell(rank, step, state, part)
 
 
+@cache
 def shard_of(rank: int, step: int) -> Content:
     """Return the shard that a rank must capture at a step."""
     return tuple(cell_of(rank, step, state_after(rank, step), part) for part in range(PARTS))

@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any
 
 from ckptd.core import events as e
+from ckptd.core.handover import Handover
 from ckptd.core.job_states import JobState
 from tests.simulation import takeover
 from tests.simulation.agent import ModelAgent
@@ -66,7 +67,7 @@ class Node:
         self.foreign: ForeignLauncher | None = None
         self.launcher: Launcher | None = None
         """The last one that an agent has started."""
-        self.journal = ""
+        self.journal = Handover(JobState.PENDING.value)
         """What the present agent would leave to the next one."""
         self.agent = ModelAgent(self)
         self.agent.start()

@@ -11,7 +11,7 @@ FAULT_KINDS = (
     "damage", "damage", "damage", "memory", "memory", "memory", "checkpoint", "restart", "step back", "step back",
     "bucket down", "bucket slow", "disk lost", "disk lost",
 )  # fmt: skip
-"""How often each is drawn, beside takeovers in some of the runs, for which the job writes down more."""
+"""How often each is drawn, beside takeovers in some of the runs, for which the job writes down more, and halts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,5 +108,5 @@ class Options:
             scrub_s=every_s * rng.choice((0, 1, 1, 5)),
             unfit_chance=rng.choice((0.0, 0.0, 0.0, 0.5)),
             nan_at=0 if bucket else bad_step,  # the witness of numbers knows no lineage of what is in a bucket alone
-            fault_kinds=(*FAULT_KINDS, *rng.choice(((), (), ("takeover",) * 6))),
+            fault_kinds=(*FAULT_KINDS, *rng.choice(((), (), ("takeover",) * 6)), *rng.choice(((), (), ("halt",) * 4))),
         )

@@ -26,12 +26,12 @@ def remember(agent: ModelAgent) -> None:
     """Write down what the next agent needs, where one may take over."""
     if "takeover" not in agent.node.options.fault_kinds:
         return
-    agent.node.journal = json.dumps(agent.machine.handover().to_json())
+    agent.node.journal = agent.machine.handover()
 
 
-def begin(agent: ModelAgent, journal: str) -> list[e.Effect]:
-    """Take over what the journal says; ranks and launcher come back by themselves."""
-    node, handover = agent.node, Handover.from_json(json.loads(journal))
+def begin(agent: ModelAgent, journal: Handover) -> list[e.Effect]:
+    """Take over what the journal says, in the form in which it is on the disk; the others come back by themselves."""
+    node, handover = agent.node, Handover.from_json(json.loads(json.dumps(journal.to_json())))
     effects = agent.machine.adopt(handover, agent.now())
     pids = handover.pids if handover.has_ranks else {}
     if node.options.supervised:

@@ -24,7 +24,7 @@ FIRST_SEED = int(os.environ.get("CKPTD_SIM_FIRST_SEED", "0"))
 REACHED = (
     "fresh start", "from memory", "from local", "killed in a capture", "killed during a flush", "launcher",
     "killed before the first step", "agent killed during a flush", "agent between two effects", "FlushFailed",
-    "FetchFailed", "RestoreFailed", "CaptureMissed", "step back", "restart", "stop", "checkpoint skipped",
+    "FetchFailed", "RestoreFailed", "CaptureMissed", "step back", "restart", "stop", "halt", "checkpoint skipped",
     "snapshot abandoned", "restart delayed", "damage found in memory", "damage found on the disk", "referred to",
     "replicas differ", "given up", "from bucket", "UploadFailed", "upload skipped", "agent killed during an upload",
     "bucket down", "bucket slow", "disk lost", "tier unreadable", "fetch failed",

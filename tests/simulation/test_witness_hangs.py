@@ -29,13 +29,14 @@ def be_hasty(patch):
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"), [(see_nothing, "hangs for ever"), (be_slow, "was found after"), (be_hasty, "nobody hangs")]
+    ("broken", "said", "first"),
+    [(see_nothing, "hangs for ever", 0), (be_slow, "was found after", 35), (be_hasty, "nobody hangs", 0)],
 )
-def test_a_broken_rule_is_named(monkeypatch: pytest.MonkeyPatch, broken, said: str) -> None:
+def test_a_broken_rule_is_named(monkeypatch: pytest.MonkeyPatch, broken, said: str, first: int) -> None:
     """A job that misses hangs, finds them late, or sees some where there are none, is not let through."""
     broken(monkeypatch)
     problems = []
-    for seed in range(200):
+    for seed in range(first, first + 200):  # few seeds come to the second one
         try:
             run(seed, dataclasses.replace(Options.draw(seed), faults=6, fault_kinds=("hang", "hang", "checkpoint")))
         except SimulationError as error:

@@ -60,7 +60,9 @@ class HangWitness:
         usual = known and not others and all(phase == "training" for phase in phases)
         seen_from_s = agent.began_s + _KNOWN_AFTER_S * bool(node.witness.takeovers.count)
         if usual and seen_from_s < self._since_s[first] and len(phases) == node.options.world_size:
-            limit_s = max(PATIENCE.floor_s, 15 * node.options.step_s)
+            # A hang that has passed is a step that took long, and three times the longest is not a hang yet.
+            passed_s = max((length_s for end_s, length_s in self._over if end_s > agent.began_s), default=0.0)
+            limit_s = max(PATIENCE.floor_s, 15 * node.options.step_s, 3 * passed_s)
             node.witness.require(ages[first] < 2 * limit_s, f"{first} was found after {ages[first]:.1f} s")
             node.witness.seen["hang found soon"] += 1
 

@@ -39,6 +39,8 @@ class LeavingWitness:
     def said(self, log: e.Log) -> None:
         """Note what was said."""
         match log.event:
+            case "stopping" if self._leave_by_s is None:  # nobody has asked for it at this moment
+                self._leave_by_s = self._agent.node.clock.now_s + float(str(log.fields["grace_s"]))
             case "upload skipped" if log.fields.get("hint") and log.fields["tier"] == BUCKET:
                 step = log.fields["step"]
                 assert isinstance(step, int)

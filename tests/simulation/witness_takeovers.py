@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from ckptd.core import events as e
@@ -30,7 +29,7 @@ class TakeoverWitness:
         """Note that an agent takes over, and what of the memory is still in somebody's hands."""
         self.count += 1
         self._announced = set()
-        self._witness.at_most = json.loads(self._node.journal).get("at_most_step")
+        self._witness.at_most = self._node.journal.at_most_step
         self.forget_lost()
 
     def agent_begins(self) -> None:

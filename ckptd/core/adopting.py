@@ -118,8 +118,9 @@ class Adopting(Failing):
         self._store_known, self._adopted = False, handover.generation
         self.awaited = set(self.generation.joined)
         self._move(JobEvent.ADOPT)
-        if handover.state == JobState.STOPPING.value:
+        if handover.state == JobState.STOPPING.value or handover.halting.get("leave_by_s") is not None:
             self._stop_wanted = e.StopWanted(max(SAY_MISSING_S, left_s), reason="it was being stopped")
+            self.leave_by_s = now.s + self._stop_wanted.grace_s
         fields = {"generation": handover.generation, "step": handover.step, "ranks": sorted(self.awaited)}
         effects: list[Effect] = [Log("adopting", fields), Recall()]
         if self.generation.all_in(self.generation.restored) or handover.state != JobState.STARTING.value:
@@ -272,6 +273,8 @@ class Adopting(Failing):
     def _stop(self, event: e.StopWanted, now: Now) -> list[Effect]:
         if self.adopting and self.state in LIVE and event.checkpoint:
             self._stop_wanted = event  # its last checkpoint needs all ranks
+            until_s = now.s + event.grace_s
+            self.leave_by_s = until_s if self.leave_by_s is None else min(self.leave_by_s, until_s)
             return []
         return super()._stop(event, now)
 
@@ -321,7 +324,12 @@ class Adopting(Failing):
         if self.state not in LIVE:
             return effects
         effects += self._yield_slot(now)
-        if self._orphaned is not None:
+        wanted = self._stop_wanted
+        if wanted is not None and self.leave_by_s is not None and now.s >= self.leave_by_s:
+            self._stop_wanted = None
+            effects.append(Log("stop without checkpoint", {"reason": wanted.reason}, level="warning"))
+            effects += super()._stop(replace(wanted, grace_s=0.0, checkpoint=False), now)
+        elif self._orphaned is not None:
             captured = not (self.awaited or self.keeper.wished or self.keeper.announced)
             if captured or now.s >= self._orphans_until_s:
                 effects += self._fail(self._orphaned, (), now)

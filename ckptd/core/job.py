@@ -257,6 +257,7 @@ class JobMachine(Adopting, Numbering, Gating):
             self.offers.add(source)
             self._gone_with_agent = None
         on_committed = self.keeper.on_committed if flushed else self.keeper.on_uploaded
+        usable = usable and not self.adopting  # until it is known what is healthy, nothing goes because of an upload
         effects = on_committed(event, now, usable=usable, restorable=self.offers.newest_on(event.tier))
         self.offers.keep(self.keeper.tiers.held)
         return effects + self.recovery.committed(event.id) if flushed else effects

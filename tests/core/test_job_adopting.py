@@ -291,6 +291,28 @@ def test_a_stop_while_ranks_are_missing_waits_for_them(training: Script) -> None
     assert back(job, 1, 20, held(0, "g1/s10"))[-1] == "log stopping"
 
 
+def test_a_stop_does_not_wait_longer_than_its_grace_for_who_is_missing(training: Script) -> None:
+    """Ranks that hang do not come back: a stop meanwhile ends them when its grace is over, and says what it lacks."""
+    job, _ = take_over(training)
+    job.store(last_generation=1)
+    back(job, 0, 14, held(0, "g1/s10"))
+    assert job.stop(grace_s=2.0) == []
+    assert job.wait(1.9) == []
+    assert job.wait(0.2) == ["log stop without checkpoint", "log stopping", "kill 15"]
+    assert job.state == "stopping"
+
+
+def test_a_stop_that_waits_for_ranks_is_not_forgotten(training: Script) -> None:
+    """A stop that one agent could not begin yet is begun by the next one."""
+    training.committed("g1/s10")
+    between, _ = take_over(training)
+    between.stop()
+    job, _ = take_over(between)
+    job.store("g1/s10", last_generation=1)
+    back(job, 0, 20, held(0, "g1/s10"))
+    assert back(job, 1, 20, held(0, "g1/s10")) == ["log job adopted", "log stopping"]
+
+
 def test_a_connection_that_broke_and_an_agent_that_did_not(training: Script) -> None:
     """A rank that comes back to the very agent it lost tells what it has sealed meanwhile, once."""
     training.committed("g1/s10")

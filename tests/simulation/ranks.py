@@ -73,6 +73,8 @@ class RankProcess:
         self.own_steps = 0
         """How many it has finished itself."""
         self.stuck = False
+        self._sees_later = False
+        """Whether another agent has come while it hung."""
         self.spoilt = False
         """Whether its weights came of a NaN."""
         self.skips: Sequence[tuple[int, int]] = ()
@@ -124,6 +126,8 @@ class RankProcess:
         self.stuck = False
         self.node.hangs.goes_on(self)
         self._resumes.fire()
+        if self._sees_later:
+            self.agent_is_back()
 
     def _lives(self) -> Steps:
         """Live, and stand still while it hangs."""
@@ -236,8 +240,15 @@ class RankProcess:
                 self.tell(message)
 
     def agent_is_back(self) -> None:
-        """See that there is another agent, where the rank would not see it at its next step."""
-        asked = self._asked[0] if isinstance(self._asked, tuple) else None
+        """See that there is another agent, where the rank would not see it at its next step.
+
+        A question that the dead one has answered is none any more, however late the rank reads that.
+        """
+        self._sees_later = self.stuck
+        if self.stuck:
+            return
+        waits = self._call is not None and not self._call.fired
+        asked = self._asked[0] if waits and isinstance(self._asked, tuple) else None
         if asked in ("join", "open"):
             self._collective.member_died()
             self._raise("AgentError", "the agent closed the connection")
@@ -254,6 +265,9 @@ class RankProcess:
         options, rng, world = self.node.options, self.node.rng, range(self.node.options.world_size)
         self._show("restoring")
         offer = yield from self._ask(("open",))
+        if offer is None:
+            self._raise("AgentError", "another agent has not what was offered")
+            return False
         self.node.witness.offer_opened(self, source, offer)
         wanted = [(self.rank, part) for part in range(PARTS)]
         wanted += [(other, rng.randrange(PARTS)) for other in world if other != self.rank]

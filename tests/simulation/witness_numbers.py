@@ -42,9 +42,9 @@ class NumbersWitness:
     # --- what ranks do ----------------------------------------------------------------------------------------
 
     def captured(self, process: RankProcess) -> None:
-        """Note what a rank seals."""
-        if process.spoilt:
-            self.spoilt.add(CheckpointId(process.generation, process.step))
+        """Note what a rank seals; where a disk was lost, its name may have been another's."""
+        checkpoint = CheckpointId(process.generation, process.step)
+        (self.spoilt.add if process.spoilt else self.spoilt.discard)(checkpoint)
 
     def finished(self, process: RankProcess) -> None:
         """Check the weights that a rank ends with."""
@@ -56,6 +56,10 @@ class NumbersWitness:
         """Note what the machine is about to hear."""
         if isinstance(event, e.Claimed):
             self._good, self._bad = set(), None
+        elif isinstance(event, e.Committed):
+            self._leaving.discard(Source(event.id, event.tier))  # it may have left before, and be there again
+        elif isinstance(event, e.Fetched) and event.copied:
+            self._leaving.discard(Source(event.source.id, TIER))
         elif isinstance(event, Reported):
             heard = [report for reports in event.reports.values() for report in reports]
             bad = [report.step for report in heard if report.value != report.value]

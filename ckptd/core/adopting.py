@@ -19,6 +19,7 @@ from ckptd.core.generation import Generation
 from ckptd.core.handover import Handover
 from ckptd.core.job_spec import JobSpec, Now
 from ckptd.core.job_states import JobEvent, JobState
+from ckptd.core.number_events import Marked
 from ckptd.core.policy.restart import RestartDecision
 from ckptd.core.snapshots import Slot
 from ckptd.types import CheckpointId, Evidence
@@ -118,7 +119,7 @@ class Adopting(Failing):
         self._store_known, self._adopted = False, handover.generation
         self.awaited = set(self.generation.joined)
         self._move(JobEvent.ADOPT)
-        if handover.state == JobState.STOPPING.value or handover.halting.get("leave_by_s") is not None:
+        if handover.state == JobState.STOPPING.value:
             self._stop_wanted = e.StopWanted(max(SAY_MISSING_S, left_s), reason="it was being stopped")
             self.leave_by_s = now.s + self._stop_wanted.grace_s
         fields = {"generation": handover.generation, "step": handover.step, "ranks": sorted(self.awaited)}
@@ -127,6 +128,11 @@ class Adopting(Failing):
             self._warned_unprotected = not self.generation.all_in(self.generation.joined)
             self._move(JobEvent.TRAINING)
         return effects
+
+    def begin(self) -> list[Effect]:
+        """Start the job, unless the tiers are being read for it already: two answers would be two generations."""
+        effects = super().begin()
+        return effects if self._store_known else []
 
     @property
     def offers_lost(self) -> bool:
@@ -211,9 +217,12 @@ class Adopting(Failing):
         trusted = {shard.id for shard in told}
         shards, self._found, self._told = self._found, {}, {}
         whole = {item for item in trusted if sum(shard.id == item for shard in told) == self.spec.world_size}
-        line = self.offers.reachable(self.keeper.book.complete)
-        self.keeper.health.resume(self._adopted, self.keeper.parents.get(self._adopted), line)
+        line, health = self.offers.reachable(self.keeper.book.complete), self.keeper.health
+        written = health.to_json()
+        health.resume(self._adopted, self.keeper.parents.get(self._adopted), line)
         effects = self.keeper.adopt(shards, trusted, now.s)
+        if health.to_json() != written:  # by what was reported meanwhile
+            effects.insert(0, Marked())
         self._miss_newest(whole)
         wanted, self._stop_wanted = self._stop_wanted, None
         if self.state not in LIVE or self.generation is None:

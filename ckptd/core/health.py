@@ -88,18 +88,18 @@ class Health:
         self._generation, self._began_at = generation, 0 if parent is None else parent.step
         self.first_bad, self._steps, self._doubted = None, [], set()
 
-    def sealed(self, checkpoint: CheckpointId) -> None:
-        """Note a snapshot of the present generation that is complete."""
+    def sealed(self, checkpoint: CheckpointId) -> bool:
+        """Note a complete snapshot of the present generation; return whether anything is known now that was not."""
         if checkpoint in self._line:
-            return
+            return False
         self._line.add(checkpoint)
         self._open.add(checkpoint)
         self.afresh = self.afresh and (bool(self._steps) or self.first_bad is not None)
         if self.first_bad is not None and checkpoint.step >= self.since:
             self.suspect.add(checkpoint)
             self._doubted.add(checkpoint)
-        else:
-            self._prove()
+            return True
+        return self._prove()
 
     def good(self, step: int) -> bool:
         """Note a healthy report; return whether anything is known now that was not."""

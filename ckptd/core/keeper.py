@@ -25,6 +25,7 @@ from ckptd.core.events import (
 )
 from ckptd.core.health import Health
 from ckptd.core.job_spec import Now, TierSpec
+from ckptd.core.number_events import Marked
 from ckptd.core.prune_events import RoomMade
 from ckptd.core.restore import Source
 from ckptd.core.snapshots import SealedShard, Slot, Snapshot, SnapshotBook, SnapshotEvent, SnapshotState
@@ -195,12 +196,13 @@ class Keeper:
         if event.final and training and checkpoint not in self.book.snapshots:
             beyond = [item for item in self.book.unsealed if item.id.step > event.step]
             effects += self._abandon(beyond, "training ended before it")
-            self.book.announce(checkpoint, now_s)
+            if checkpoint not in self.tiers.held[self.tiers.first]:  # else it was given up for one beyond
+                self.book.announce(checkpoint, now_s)
         shard = SealedShard(event.slot, event.image_bytes, event.values, event.witness)
         snapshot = self.book.seal(checkpoint, event.rank, shard, now_s=now_s)
         snapshot.capture_s = max(snapshot.capture_s, event.capture_s)
         if snapshot.state is SnapshotState.SEALED:
-            self.health.sealed(checkpoint)
+            effects += [Marked()] if self.health.sealed(checkpoint) else []
             self.cadence.met()
             effects.append(Announce(None))
         elif snapshot.state is SnapshotState.DISPUTED:

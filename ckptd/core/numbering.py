@@ -217,6 +217,7 @@ class Numbering(Watching):
         self._step_back(step)
         if best is None:
             self.offers.begin_afresh()
+            self.keeper.tiers.leave_all()
             reason = "every checkpoint is suspect, and the job began afresh"
         else:
             reason = health.why(best)

@@ -51,7 +51,7 @@ class Tiers:
         self.counters = UploadCounters()
         self._parents: dict[int, CheckpointId] = {}
         self._beyond: set[CheckpointId] = set()
-        """What was found that is newer than all that a restart could begin with: a step back has left it behind."""
+        """What is newer than all that a restart could begin with when that was found out: a step back has left it."""
         self._unknown = {spec.name for spec in specs}
         """Tiers that were never read: they may hold anything."""
         self._collect_at_s: dict[str, float] = {}
@@ -96,6 +96,11 @@ class Tiers:
         return checkpoint in self._beyond or any(
             checkpoint > parent and checkpoint.generation < generation for generation, parent in cuts
         )
+
+    def leave_all(self) -> None:
+        """Note that the job is to begin afresh: what is there, or on its way, is not in the lineage any more."""
+        coming = {item for queue in self.uploads.values() for item in queue.pinned}
+        self._beyond |= coming.union(*self.held.values())
 
     def _offer_where_missing(self, checkpoint: CheckpointId) -> None:
         for tier, queue in self.uploads.items():

@@ -2,50 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-from typing import Any
-
 import pytest
 
 from ckptd.core import events as e
-from ckptd.core.adopt_events import HeldShard, RankReturned, StoreUnread
+from ckptd.core.adopt_events import StoreUnread
 from ckptd.core.adopting import ORPHANS_S, SAY_MISSING_S
-from ckptd.core.handover import Handover
-from ckptd.core.job import Now
 from ckptd.errors import StoreError
 from ckptd.types import Evidence
-from tests.core.script import Script, cid
+from tests.core.adoption import back, held, take_over
+from tests.core.script import Script
 
 LAUNCHER = Evidence("exit", "launcher", None, 1.0, "the launcher is gone", 0.0)
-
-
-def held(slot: int, checkpoint: str, *, final: bool = False, **witness: str) -> HeldShard:
-    """Return what a rank says of a sealed slot."""
-    return HeldShard(slot, cid(checkpoint), 4096, {"loss": 0.5}, 0.1, final, witness)
-
-
-def take_over(before: Script, memory: tuple[tuple[int, int], ...] = (), **changes: Any) -> tuple[Script, list[str]]:
-    """Let another agent take a job over, as it would from the journal; return it and what it wants done first."""
-    handover = Handover.from_json(json.loads(json.dumps(before.machine.handover().to_json())))
-    assert handover == before.machine.handover()
-    after = Script(ranks=len(before.ranks), every_s=before.machine.spec.every_s, slots=before.machine.spec.slots)
-    after.now_s, after.pids = before.now_s, dict(before.pids)
-    handover = replace(handover, **changes)
-    return after, after._show(after.machine.adopt(handover, Now(after.now_s, 1e9 + after.now_s), memory))
-
-
-def back(
-    job: Script,
-    rank: int,
-    step: int,
-    *sealed: HeldShard,
-    unknown: tuple[int, ...] = (),
-    slots: tuple[int, ...] = (0, 1),
-    stepped: bool = True,
-) -> list[str]:
-    """Let a rank come back."""
-    return job.feed(RankReturned(rank, job.pids[rank], step, True, stepped, slots, sealed, unknown))
 
 
 def announced(job: Script, step: int) -> int:
@@ -196,6 +163,21 @@ def test_nothing_is_planned_before_the_tiers_were_read(training: Script) -> None
     assert job.store("g1/s10", last_generation=1) == ["fetch g1/s10"]
 
 
+def test_the_tiers_are_not_read_twice_for_one_generation() -> None:
+    """A rank of the next incarnation that joins while the tiers are still being read makes no second generation."""
+    before = Script(supervised=False)
+    for rank in (0, 1):
+        before.joined(rank)
+    before.store()
+    before.claimed(1)
+    before.stepped(1)
+    job, lines = take_over(before)
+    assert lines == ["log adopting", "recall"]
+    assert job.all_die()[0] == "log generation failed"
+    assert job.joined(0, pid=900) == []
+    assert job.store("g1/s10", last_generation=1) == ["fetch g1/s10"]
+
+
 def test_a_rank_that_lives_and_does_not_come_back(training: Script) -> None:
     """It is said who is missing, and after the wait of the job's settings it counts as failed."""
     job, _ = take_over(training)
@@ -300,17 +282,6 @@ def test_a_stop_does_not_wait_longer_than_its_grace_for_who_is_missing(training:
     assert job.wait(1.9) == []
     assert job.wait(0.2) == ["log stop without checkpoint", "log stopping", "kill 15"]
     assert job.state == "stopping"
-
-
-def test_a_stop_that_waits_for_ranks_is_not_forgotten(training: Script) -> None:
-    """A stop that one agent could not begin yet is begun by the next one."""
-    training.committed("g1/s10")
-    between, _ = take_over(training)
-    between.stop()
-    job, _ = take_over(between)
-    job.store("g1/s10", last_generation=1)
-    back(job, 0, 20, held(0, "g1/s10"))
-    assert back(job, 1, 20, held(0, "g1/s10")) == ["log job adopted", "log stopping"]
 
 
 def test_a_connection_that_broke_and_an_agent_that_did_not(training: Script) -> None:

@@ -33,6 +33,22 @@ def test_a_stop_captures_first(captured):
     assert captured.incidents == {}
 
 
+def test_the_last_step_is_not_flushed_twice():
+    """Proves that a last step which is committed, and gave its only slot up for a step that never comes, suffices."""
+    job = Script(slots=1)
+    job.begin_training()
+    job.capture(10, 0)
+    job.committed("g1/s10")
+    job.now_s += 10
+    assert job.progress(10) == ["release 0:0", "release 1:0", "announce 11"]
+    assert job.sealed(0, 10, 0, final=True) == ["announce None", "log snapshot abandoned", "release 0:0"]
+    assert job.sealed(1, 10, 0, final=True) == ["release 1:0"]
+    job.left(0, 10)
+    assert job.left(1, 10) == ["dismiss 0", "dismiss 1"]
+    job.exited(0)
+    assert job.exited(1) == ["end finished"]
+
+
 def test_ranks_that_do_not_leave_are_ended_with_the_grace(captured):
     """Proves that ranks have the rest of the grace to clean up, and are ended then, with the checkpoint in place."""
     captured.now_s += 1

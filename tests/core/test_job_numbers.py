@@ -6,10 +6,12 @@ import math
 
 import pytest
 
+from ckptd.core.gate_events import NodeChecked
 from ckptd.core.number_events import Marked, Report, Reported
 from ckptd.core.numbering import SETTLE_S
 from ckptd.core.policy.numbers import NumbersPolicy
 from ckptd.errors import DamagedError
+from tests.core.bucket import with_bucket
 from tests.core.script import TIER, Script, cid
 
 STEP_BACK = NumbersPolicy("step_back")
@@ -48,6 +50,15 @@ def test_warn_marks_and_says_so_once():
     assert status["healthy"] == [{"generation": 1, "step": 12}]
     (warned,) = job.machine.warnings
     assert warned.summary == "rank 1 reported loss nan at step 20; step 19 was the last healthy one"
+
+
+def test_a_snapshot_in_trouble_is_marked_before_it_is_flushed():
+    """Proves that the next agent knows of what is captured after a bad step, though it may see its commit alone."""
+    job = trained(NumbersPolicy("warn"), 12, upto=19)
+    reports(job, 20, value=math.nan)
+    job.capture(22, 1)
+    effects = [type(effect).__name__ for effect in job.effects]
+    assert effects.index("Marked") < effects.index("Flush")
 
 
 def test_trouble_passes():
@@ -156,6 +167,20 @@ def test_where_all_is_suspect_a_job_that_began_afresh_does_so_again():
     assert "claim 2 after None" in lines
     job.up_to_training(2)
     assert job.machine.keeper.book.newest is None
+
+
+def test_an_upload_that_ends_after_a_step_back_to_the_beginning_is_not_begun_with():
+    """Proves that a suspect checkpoint which comes to the bucket while the job waits to begin afresh is not offered."""
+    job = with_bucket(numbers=STEP_BACK)
+    job.node = None
+    job.begin_training()
+    reports(job, 1, 2, 3, 4)
+    job.capture(4, 0)
+    assert "upload g1/s4 to bucket" in job.committed("g1/s4")
+    reports(job, 5, value=math.nan)
+    assert "log step back" in job.all_die()
+    job.uploaded("g1/s4")
+    assert "claim 2 after None" in job.feed(NodeChecked(()))
 
 
 def test_where_all_is_suspect_a_job_that_was_resumed_gives_up():

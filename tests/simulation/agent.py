@@ -148,9 +148,7 @@ class ModelAgent:
     def _read_reports(self, *, leaving: bool = False) -> None:
         """Feed what ranks have reported since the last time."""
         pages = {rank.rank: rank.page for rank in self.ranks.values() if rank.page is not None}
-        reports = {number: page.reports[:] for number, page in pages.items() if page.reports}
-        for page in pages.values():
-            page.reports.clear()
+        reports = {number: unread for number, page in pages.items() if (unread := page.unread())}
         if reports or leaving:
             self.feed(Reported(reports, leaving=leaving))
 

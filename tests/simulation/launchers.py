@@ -8,7 +8,8 @@ from ckptd.core import events as e
 from ckptd.types import Evidence
 from tests.simulation import takeover
 from tests.simulation.clock import Channel, Steps
-from tests.simulation.ranks import Collective, RankProcess
+from tests.simulation.collective import Collective
+from tests.simulation.ranks import RankProcess
 
 if TYPE_CHECKING:
     from tests.simulation.agent import ModelAgent

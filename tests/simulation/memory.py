@@ -11,6 +11,7 @@ from functools import cache
 from typing import NamedTuple
 
 from ckptd.core.number_events import Report
+from ckptd.protocol.page import RING_ENTRIES
 
 PARTS = 4
 """How many cells make up a shard: it is written and read part by part, so a torn one is possible."""
@@ -87,7 +88,9 @@ class Page:
         self.beat_s = 0.0
         self.phase = "joining"
         self.reports: list[Report] = []
-        """What the rank has reported and nobody has read."""
+        """What the rank has reported."""
+        self.reports_read = 0
+        """How many of these the present agent has read."""
         self._sealed = dict.fromkeys(held, 1)
         self._released: dict[int, int] = {}
 
@@ -113,6 +116,15 @@ class Page:
         """Let go of slots that are not there any more (agent)."""
         for slot in self._sealed.keys() - set(there):
             self.release(slot)
+
+    def unread(self) -> list[Report]:
+        """Return what was reported since the last time (agent)."""
+        begin, self.reports_read = self.reports_read, len(self.reports)
+        return self.reports[begin:]
+
+    def read_again(self) -> None:
+        """Have the next agent read all that is left, whoever has read it before."""
+        self.reports_read = max(0, len(self.reports) - RING_ENTRIES)
 
     def free(self, slot: int) -> bool:
         """Whether the rank may write it."""

@@ -107,6 +107,6 @@ class Options:
             disk_files=rng.choice((0, 0, 0, rng.randint(2, 15))),
             scrub_s=every_s * rng.choice((0, 1, 1, 5)),
             unfit_chance=rng.choice((0.0, 0.0, 0.0, 0.5)),
-            nan_at=0 if bucket else bad_step,  # the witness of numbers knows no lineage of what is in a bucket alone
+            nan_at=bad_step if not bucket or seed % 3 == 0 else 0,  # most of the others are to have damaged copies
             fault_kinds=(*FAULT_KINDS, *rng.choice(((), (), ("takeover",) * 6)), *rng.choice(((), (), ("halt",) * 4))),
         )

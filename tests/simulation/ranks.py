@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptd.core import events as e
@@ -12,6 +13,7 @@ from ckptd.errors import RESUMABLE, AgentError, DamagedError
 from ckptd.types import RaisedException
 from tests.simulation import takeover
 from tests.simulation.clock import Channel, Signal, Steps
+from tests.simulation.collective import Collective
 from tests.simulation.memory import NEVER, PARTS, Cell, Page, Slot, advance, cell_of, state_after
 
 if TYPE_CHECKING:
@@ -19,39 +21,6 @@ if TYPE_CHECKING:
     from tests.simulation.node import Node
 
 FINAL_SLOT_DEADLINE_S = 120.0
-
-
-class Collective:
-    """What makes the ranks of one incarnation move in lock-step: nobody finishes a step that somebody has not begun."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self._arrived: dict[int, set[int]] = {}
-        self._signals: dict[int, Signal] = {}
-        self._broken = False
-        self.alive = True  # it owns the delays after which survivors notice
-
-    def arrive(self, rank: int, step: int) -> Signal:
-        """Join the all-reduce of a step; the signal's value is whether it went well."""
-        signal = self._signals.setdefault(step, Signal(self._node.clock))
-        arrived = self._arrived.setdefault(step, set())
-        arrived.add(rank)
-        if len(arrived) == self._node.options.world_size:
-            signal.fire(True)
-        elif self._broken:
-            self._lose(signal)
-        return signal
-
-    def member_died(self) -> None:
-        """Whoever waits for the dead one waits for ever, or gets an error after a while."""
-        self._broken = True
-        for signal in self._signals.values():
-            if not signal.fired:
-                self._lose(signal)
-
-    def _lose(self, signal: Signal) -> None:
-        if self._node.rng.random() < 0.5:
-            self._node.clock.after(self._node.rng.uniform(0, 0.2), self, "peer lost", signal.fire, False)
 
 
 class RankProcess:
@@ -179,6 +148,8 @@ class RankProcess:
                     return
         if (self.step > self._captured_step or (self.replaced and not self.seals)) and self.step > 0:
             yield from self._capture(final=True, patient=True)
+        else:
+            self._seal_again()
         self._show("left")
         while (yield from self._ask(("leave", self.step))) == "again":
             self.come_back()
@@ -256,6 +227,11 @@ class RankProcess:
             self.answer("again")  # what it was restored from may be gone
         elif asked is not None:
             self.come_back()
+
+    def fenced(self) -> None:
+        """End, since the job goes on without this rank."""
+        self._collective.member_died()
+        self._raise("FencedError", "the job goes on without this rank")
 
     def _reserve(self) -> Steps:
         self.slots = yield from self._ask(("reserve", self._size))
@@ -354,6 +330,16 @@ class RankProcess:
         values, witness = {"loss": float(self.step)}, {} if whole else self._witness()
         self.tell(e.RankSealed(self.rank, self.step, slot.number, self._size, 0.0, values, final, witness))
         self._captured_step = self.step
+
+    def _seal_again(self) -> None:
+        """Say of the last step, where it was captured before training was over, that its seal is final."""
+        last = next((seal for seal in self.seals.values() if seal.step == self.step), None)
+        if last is None:
+            return
+        assert self.page is not None
+        if self.page.free(last.slot):
+            self.page.seal(last.slot)
+        self.tell(replace(last, final=True))
 
     def _witness(self) -> dict[str, str]:
         """Return what this rank says of a replicated tensor, of which it captures but a share."""

@@ -24,7 +24,7 @@ Account = tuple[int, bool, bool, tuple[int, ...], tuple[e.RankSealed, ...], tupl
 
 def remember(agent: ModelAgent) -> None:
     """Write down what the next agent needs, where one may take over."""
-    if "takeover" not in agent.node.options.fault_kinds:
+    if not agent.alive or "takeover" not in agent.node.options.fault_kinds:
         return
     agent.node.journal = agent.machine.handover()
 
@@ -104,13 +104,17 @@ def rank_returned(agent: ModelAgent, process: RankProcess, said: Account) -> Non
     """Take a rank in, with its slots and its page."""
     step, restored, stepped, slots, sealed, unknown, whole = said
     generation = agent.machine.generation
-    if generation is None or process.generation != generation.number or not process.alive:
+    if not process.alive:
+        return
+    if generation is None or process.generation != generation.number:
+        process.fenced()
         return
     mine = agent.arena.slots.setdefault(process.rank, {})
     mine.update(process.slots)
     assert process.page is not None
     process.page.release_lost(mine)
     process.page.announce(None, last=False)
+    process.page.read_again()
     process.lent = slots
     agent.ranks[process.rank] = process
     agent.connections.add(process)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ckptd.core import events as e
 from ckptd.core.job_states import JobState
 from ckptd.core.watch_events import Gather
+from tests.simulation.memory import PARTS
 from tests.simulation.watching import PATIENCE
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class HangWitness:
         self._over: list[tuple[float, float]] = []
         """Hangs that have ended by themselves: when, and how long they were."""
         self._look_at_s = 0.0
+        options = node.options
+        self._sign_s = options.step_s + PARTS * options.capture_part_s + options.tick_s
+        """A rank that goes on shows it after so long at the latest."""
 
     def stuck(self, process: RankProcess) -> None:
         """Note that a rank hangs from now on."""
@@ -51,6 +55,9 @@ class HangWitness:
         # Whoever waited for one that hung for a moment may hang itself before it comes to its next step.
         before_s = sum(length_s for end_s, length_s in self._over if end_s > node.clock.now_s - PATIENCE.floor_s - 1.0)
         guilty = [process for process, age_s in ages.items() if age_s + before_s > PATIENCE.floor_s - 1.0]
+        ended_s = max((end_s for end_s, _ in self._over), default=0.0)
+        if not guilty and before_s > PATIENCE.floor_s - 1.0 and ended_s > node.clock.now_s - self._sign_s:
+            return  # it goes on since a moment ago, and has had no time to show it
         node.witness.require(bool(guilty), f"nobody hangs: {effect.evidence.summary}")
         node.witness.seen["hang found"] += 1
         phases = [process.page.phase for process in agent.ranks.values() if process.page is not None]

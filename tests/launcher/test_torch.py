@@ -8,7 +8,7 @@ from ckptd.launcher.environment import job_env
 from ckptd.protocol import messages
 
 WORKERS = """
-import json, os, sys
+import json, os, sys, threading
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,6 +23,8 @@ if __name__ == "__main__":
     torch.manual_seed(5)
     loader = DataLoader(Numbers(), batch_size=2, num_workers=1, multiprocessing_context="spawn", shuffle=False)
     batches = [[batch[0].tolist(), *batch[1:]] for batch in loader]
+    for thread in threading.enumerate()[1:]:  # an end of Python in the midst of a queue's end says that semaphores leak
+        thread.join(10)
     print(json.dumps([batches, torch.get_num_threads(), torch.initial_seed(), torch.rand(2).tolist()]))
 """
 

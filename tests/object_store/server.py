@@ -133,12 +133,17 @@ def _start(parent: Path | None) -> Server:
         str(Path(sys.executable).parent / "weed"), "-logtostderr=true", "server", f"-dir={folder / 'data'}",
         "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={ports[0]}", f"-volume.port={ports[1]}", "-filer",
         f"-filer.port={ports[2]}", "-s3", f"-s3.port={ports[3]}", f"-s3.config={folder / 's3.json'}",
-        "-master.telemetry=false", "-master.volumeSizeLimitMB=256", "-volume.max=0",
+        "-master.telemetry=false", "-master.volumeSizeLimitMB=256", "-volume.max=10000",
         f"-s3.port.iceberg={ports[4]}", f"-s3.port.lance={ports[5]}", f"-s3.localSocket={folder / 's3.sock'}",
         "-s3.autoCreateBucket=false",
     ]  # fmt: skip
     log = (folder / "log").open("wb")
-    environ = {**os.environ, "WEED_S3_SSE_KEY": "a passphrase, so that it can encrypt what it keeps"}
+    environ = {
+        **os.environ,
+        "WEED_S3_SSE_KEY": "a passphrase, so that it can encrypt what it keeps",
+        # Each bucket has volumes of its own, seven unless told so: they would be used up after some dozens of buckets.
+        "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1",
+    }
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environ)
     log.close()
     server = Server(f"http://127.0.0.1:{ports[3]}", process, folder, ports)

@@ -25,7 +25,7 @@ demo-s3: venv
 	PYTHONPATH=. $(BIN)/python examples/demo_s3.py
 
 test: venv lint
-	$(BIN)/python -m pytest -n 3 --dist loadgroup -m 'not chaos and not faulttable and not faults and not cuda and not systemd'
+	$(BIN)/python -m pytest -n 4 --dist loadgroup -m 'not chaos and not faulttable and not faults and not cuda and not systemd'
 
 lint: venv
 	$(BIN)/ruff check

@@ -21,7 +21,7 @@ from ckptd.core.policy.chaos import Fault
 from ckptd.daemon import chaos, requests
 from ckptd.daemon.adopting import Legacy, conditions_of, legacy_of, new_incarnation
 from ckptd.daemon.arena import Budget
-from ckptd.daemon.comeback import forget
+from ckptd.daemon.comeback import forget, refuse_second
 from ckptd.daemon.exits import Exits
 from ckptd.daemon.fdstore import FdStore
 from ckptd.daemon.offers import close_all
@@ -104,6 +104,8 @@ class Agent:
 
     def submit(self, config: JobConfig) -> Supervisor:
         """Start a job; raises `CkptdError` for everything that can be known before it runs."""
+        if config.supervised:
+            refuse_second(self.journal, config.name)
         return self._begin(config, None)
 
     def adopt(self, entry: JobEntry) -> Supervisor:
@@ -254,6 +256,7 @@ class Agent:
                 self._log.error("message refused", message=type(message).__name__, pid=peer.pid, error=str(error))
 
     def _join(self, peer: Peer, message: m.Join) -> None:
+        self._check_newcomer(peer)
         if not 0 <= message.rank < message.world_size:
             raise ConfigError(f"there is no rank {message.rank} among {message.world_size}")
         job = self.jobs.get(message.job)
@@ -290,9 +293,15 @@ class Agent:
         self._ranks[peer] = (job, rank)
         job.attendance.join(rank)
 
+    def _check_newcomer(self, peer: Peer) -> None:
+        """Refuse to make two ranks of one connection: nobody would let go of the first when it closes."""
+        if peer in self._ranks:
+            raise AgentError("this connection is a rank's already", hint="a process attaches once")
+
     def _rejoin(self, peer: Peer, message: m.Rejoin) -> None:
         descriptors = peer.connection.take_descriptors()
         try:
+            self._check_newcomer(peer)
             job = self.job(message.job)
             current = job.machine.generation
             mine = current is not None and current.number == message.generation and message.rank < job.config.nproc

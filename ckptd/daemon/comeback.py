@@ -19,7 +19,7 @@ from ckptd.daemon.adopting import legacy_of
 from ckptd.daemon.fdstore import FdStore
 from ckptd.daemon.living import boot_id, is_alive, signal_to
 from ckptd.daemon.supervisor import Supervisor
-from ckptd.errors import AgentError, CkptdError
+from ckptd.errors import AgentError, CkptdError, FencedError
 from ckptd.journal import JobEntry, Journal
 from ckptd.log import Logger
 
@@ -218,6 +218,22 @@ def _judge(entry: JobEntry) -> Verdict:
     launcher = is_alive(life.launcher_pid, life.launcher_started, life.boot_id)
     alive = launcher and not life.stopped  # a launcher alone has nothing that could be stopped with a checkpoint
     return judge(entry, boot=boot_id(), alive=alive or (legacy is not None and legacy.has_living()))
+
+
+def refuse_second(journal: Journal, job: str) -> None:
+    """Raise `FencedError` when a job goes on without an agent, and waits for one to take it over.
+
+    A second copy would make a generation of its own: the first would train for nothing until it is found out.
+    """
+    try:
+        entry = journal.read_job(job)
+    except CkptdError:
+        return  # a journal that can't be read keeps nobody from training, and is logged by the first write
+    if entry is not None and entry.life.comes_back and _judge(entry).alive:
+        raise FencedError(
+            f"job {job} trains already, and the ckptd that ran it is gone",
+            hint="start ckptd again: it goes on with the job as it is, or stops it: ckptctl stop",
+        )
 
 
 def forget(journal: Journal, job: str) -> bool:

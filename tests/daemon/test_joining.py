@@ -144,6 +144,14 @@ def test_a_rank_speaks_only_after_it_joined(speaker: Speaker) -> None:
     assert "Reserve makes no sense before Join" in str(refused(speaker, m.Reserve(5000)))
 
 
+def test_a_connection_is_one_rank(speaker: Speaker, node: Node, agent: AgentThread) -> None:
+    """Who is a rank already is refused a second place, of which nobody would let go when its connection closes."""
+    speaker.join("job")
+    again = refused(speaker, m.Join("other", 0, 2, 0, {"store": str(node.store)}))
+    assert again.message == "this connection is a rank's already"
+    assert list(agent.call(lambda: agent.agent.jobs)) == ["job"]
+
+
 def test_a_slot_that_was_not_lent_can_not_be_sealed(speaker: Speaker, agent: AgentThread) -> None:
     """Sealing a slot that the rank doesn't have is refused in the log, and nothing is flushed."""
     admitted = speaker.join()

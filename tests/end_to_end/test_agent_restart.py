@@ -17,6 +17,7 @@ import pytest
 
 import ckptd
 from ckptd.daemon.living import started
+from ckptd.errors import FencedError
 from ckptd.protocol.messages import PROTOCOL_VERSION
 from tests.crash import state as crash_state
 from tests.end_to_end.harness import LIGHT, SCRIPTS, World
@@ -112,12 +113,17 @@ def check_end(world: World, steps: int) -> None:
 
 
 def test_three_agents_one_after_the_other(light: World, service: Service) -> None:
-    """Agents are killed and replaced under the job: the same processes train to the right end, without an incident."""
+    """Agents are killed and replaced under the job: the same processes train to the right end, without an incident.
+
+    A second copy of the job is refused meanwhile.
+    """
     service.train(700)
     pids = service.pids()
     for number in (1, 2, 3):
         service.kill()
-        time.sleep(0.3)
+        second = light.ctl("run", "--name", JOB, "--nproc", "2", "--store", str(light.store), "--", LIGHT, "700")
+        assert second.returncode == FencedError.exit_code, second.stderr
+        assert f"job {JOB} trains already, and the ckptd that ran it is gone" in second.stderr
         service.start()
         service.adopted(number)
         assert service.pids() == pids

@@ -280,7 +280,9 @@ class Attendance:
             rank.refuse(error)
 
     def reserve(self, rank: Rank, image_bytes: int) -> None:
-        """Lend a rank slots that are large enough."""
+        """Lend a rank slots that are large enough; raises `AgentError` while it waits for others."""
+        if rank.waits_for_slots:
+            raise AgentError(f"rank {rank.rank} of job {self._config.name} waits for slots already")
         rank.waits_for_slots = True
         self._start(self._reserve(rank, image_bytes))
 
@@ -295,6 +297,8 @@ class Attendance:
             return
         rank.waits_for_slots = False
         slots = self._arena.slots(rank.rank)
+        if not slots.keys() >= set(numbers):
+            return  # it has ended, and who is this rank now has asked for larger ones
         self._log.debug("slots lent", rank=rank.rank, slots=len(numbers), size_bytes=image_bytes)
         rank.lend(slots, numbers)
         self._feed(e.SlotsLent(rank.rank, tuple(numbers)))

@@ -14,6 +14,7 @@ from ckptd.config import JobConfig
 from ckptd.core.events import Progress
 from ckptd.errors import AgentError, CkptdError, ConfigError, NotFoundError
 from ckptd.protocol import messages as m
+from ckptd.protocol.codec import encode
 from ckptd.protocol.page import Word
 from ckptd.store_config import StoreConfig
 from tests.daemon.harness import PATIENCE_S, AgentThread, Node, PuppetError, until
@@ -170,6 +171,16 @@ def test_slots_of_no_size_are_refused(speaker: Speaker, agent: AgentThread, size
     speaker.join()
     assert f"slots of {size} bytes" in str(refused(speaker, m.Reserve(size)))
     assert isinstance(speaker.ask(m.Reserve(4096)), m.Lent)
+
+
+def test_slots_are_asked_for_one_after_the_other(speaker: Speaker) -> None:
+    """A rank that asks for larger slots while it waits for some is refused these, and gets those it asked for first."""
+    speaker.join()
+    speaker.channel.stream.sendall(b"".join(encode(m.to_frame(m.Reserve(size))) for size in (4096, 2**24)))
+    first, second = (speaker.channel.receive(PATIENCE_S) for _ in range(2))
+    assert isinstance(first, m.Refused)
+    assert "waits for slots already" in first.error["message"]
+    assert isinstance(second, m.Lent)
 
 
 def test_what_is_not_for_ranks_is_refused(speaker: Speaker, node: Node) -> None:

@@ -10,7 +10,7 @@ from time import monotonic_ns
 from typing import Any, NamedTuple
 
 from ckptd.client.framework import Binding, PendingImage, PreparedImage
-from ckptd.client.guard import as_ckptd_error, say
+from ckptd.client.guard import as_ckptd_error, as_number, say
 from ckptd.client.overlap import NEVER_NS, OverlapChooser, UsualTime
 from ckptd.client.session import LentSlot, Session
 from ckptd.errors import AgentError, CkptdError, StateError
@@ -109,7 +109,7 @@ class Capturing:
                 self._usual_time.captured(target.begin_ns)
                 if overlapped:
                     # They are read when the image is sealed: on a device, reading one waits for it.
-                    target = target._replace(values={name: _copied(value) for name, value in self._values.items()})
+                    target = target._replace(values={name: _copied(value) for name, value in target.values.items()})
                     copy = target.image.begin(target.view)
                     if copy is not None:
                         self._steps_beside = 0
@@ -232,15 +232,15 @@ class Capturing:
             slot = self._session.free_slot(image.image_bytes)
         if slot is None:
             raise AgentError("every slot is busy")
-        return _Target(step, begin_ns, image, slot, slot.view, self._values)
+        return _Target(step, begin_ns, image, slot, slot.view, dict(self._values))
 
     def _seal(self, target: _Target, *, waits_since_ns: int, final: bool = False) -> None:
         target.release()
         witness = dict(target.image.witness())
         values = numbers(target.values)
-        self._session.page.seal(target.slot.number)
         seconds = (monotonic_ns() - waits_since_ns) / 1e9
         seal = m.Seal(target.step, target.slot.number, target.image.image_bytes, seconds, values, final, witness)
+        self._session.page.seal(target.slot.number)
         self._session.tell(seal)
         self._last_seal = seal
         self.captured_step = target.step
@@ -300,11 +300,8 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """Return what of reported values a manifest can hold."""
     found: dict[str, float] = {}
     for name, value in values.items():
-        try:
-            number = float(value)
-        except (TypeError, ValueError, ArithmeticError, RuntimeError):
-            continue  # not a number
-        if number - number == 0:  # JSON has no NaN and no infinity
+        number = as_number(value)
+        if number is not None and number - number == 0:  # JSON has no NaN and no infinity
             found[name] = number
     return found
 

@@ -32,6 +32,13 @@ def reach_agent(path: str, *, may_start: bool, wait_s: float = 0.0) -> tuple[Cha
         return found
     if not may_start:
         raise AgentError(f"no agent listens at {path}", hint="was it stopped? `ckptctl status` tells")
+    try:
+        return _try_or_start(path)
+    except OSError as error:
+        raise AgentError(f"no agent can be started: {error}", hint="set CKPTD_HOME to a folder of your own") from error
+
+
+def _try_or_start(path: str) -> tuple[Channel, Welcome]:
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     # One rank of the node starts it, the others find it when they get the lock.
     lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

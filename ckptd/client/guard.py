@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from ckptd.errors import AgentError, CkptdError
@@ -17,12 +18,27 @@ Result = TypeVar("Result")
 
 def say(text: str) -> None:
     """Print one line for people; the client has no logger, since importing one would cost every rank."""
-    print(f"ckptd: {text}", file=sys.stderr, flush=True)  # noqa: T201
+    with suppress(Exception):  # stderr may be closed or its disk full, and training goes on all the same
+        print(f"ckptd: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def as_ckptd_error(error: BaseException) -> CkptdError:
     """Return any error in the form that can be shown in a line and told to the agent."""
-    return error if isinstance(error, CkptdError) else CkptdError(f"{type(error).__name__}: {error}")
+    if isinstance(error, CkptdError):
+        return error
+    try:
+        text = str(error)
+    except Exception as unread:  # noqa: BLE001 - it is users' code as well
+        text = f"its text can't be read ({type(unread).__name__})"
+    return CkptdError(f"{type(error).__name__}: {text}")
+
+
+def as_number(value: Any) -> float | None:
+    """Return what was reported as a number, None when it is none: reading it is code of the user's."""
+    try:
+        return float(value)
+    except Exception:  # noqa: BLE001 - the promise of this module
+        return None
 
 
 def attempt(what: str, work: Callable[..., object], *arguments: Any) -> None:
@@ -68,6 +84,18 @@ class Guard:
         if result is not False:
             self._faults.pop(what, None)
         return result
+
+    def aside(self, what: str, work: Callable[..., Result], *arguments: Any) -> Result | None:
+        """Call work that no checkpoint depends on: what it fails with opens no breaker, and is said a few times."""
+        try:
+            return work(*arguments)
+        except Exception as error:  # the promise of this module
+            if self.strict:
+                raise
+            faults = self._faults[what] = self._faults.get(what, 0) + 1
+            if faults <= FAULTS_BEFORE_OPEN:
+                say(f"{what} failed: {as_ckptd_error(error)}")
+            return None
 
     def _fault(self, what: str, error: Exception) -> None:
         faults = self._faults[what] = self._faults.get(what, 0) + 1

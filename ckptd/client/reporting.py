@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any
 
 from ckptd.client.framework import Binding, PendingNumber
+from ckptd.client.guard import as_number
 from ckptd.protocol.page import RING_ENTRIES, ControlPage
 
 SkipData = Callable[[int, int], object]
@@ -43,13 +44,14 @@ class Reporting:
         """Report a value of `step` that is no float: a one-element tensor, or any other kind of number."""
         try:
             pending = self._number(value)
-            number = float(value) if pending is None else 0.0
-        except (TypeError, ValueError, ArithmeticError, RuntimeError):
-            return  # it is no number, and not in the manifest either
-        if pending is None:
-            self.write(step, number)
-        else:
+        except TypeError:
+            return
+        if pending is not None:
             self._pending.append((step, pending))
+            return
+        number = as_number(value)
+        if number is not None:  # else it is not in the manifest either
+            self.write(step, number)
 
     def boundary(self, *, wait: bool = False) -> None:
         """Write what has arrived meanwhile; with `wait`, all that is on its way."""

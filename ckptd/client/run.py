@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import suppress
 from time import monotonic_ns
 from types import TracebackType
 from typing import Any, Self
@@ -107,7 +106,7 @@ class Run:
             if type(value) is float:
                 reporting.write(self._step + 1, value)
             else:
-                self._guarded("a report", reporting.report, self._step + 1, self._values[reporting.metric])
+                self._guard.aside("a report", reporting.report, self._step + 1, self._values[reporting.metric])
                 if reporting.waiting:
                     self._due_ns = 0
 
@@ -118,7 +117,7 @@ class Run:
         one the job's `hang.ceiling` holds. A section in another one ends with that at the latest. It decorates a
         function as well. A deadline that can't be read counts as none, and is said, or raised with `strict`.
         """
-        wanted = None if deadline is None else self._guard.run("a section's deadline", deadline_s, deadline)
+        wanted = None if deadline is None else self._guard.aside("a section's deadline", deadline_s, deadline)
         return Section(self, name, wanted)
 
     def checkpoint(self) -> None:
@@ -144,7 +143,7 @@ class Run:
         return self._session is not None
 
     def _enter(self, name: str, deadline_s: float | None) -> object:
-        return self._sections.enter(self._words, name, deadline_s)
+        return self._guard.aside("a section", self._sections.enter, self._words, name, deadline_s)
 
     def _leave(self, section: object) -> None:
         self._sections.leave(self._words, section)
@@ -161,7 +160,7 @@ class Run:
             self._harm.boundary(self._words, step, self.state)  # not guarded: it is meant to raise
         reporting = self._reporting
         if reporting is not None and reporting.waiting:
-            self._guarded("a report", reporting.boundary)
+            self._guard.aside("a report", reporting.boundary)
         if now_ns >= capturing.due_ns:
             self._guarded("a copy beside training", capturing.boundary, now_ns)
         if now_ns >= self._look_ns:
@@ -219,8 +218,7 @@ class Run:
     def _waited(self, passed_ns: int) -> None:
         """Add to what this rank has waited for others; the framework calls this, from whichever thread has waited."""
         words = self._words
-        with suppress(ValueError):  # the page may go under this thread's hands, and training must not hear of it
-            words[_WAITED] = words[_WAITED] + passed_ns
+        words[_WAITED] = words[_WAITED] + passed_ns
 
     def _before_optimizer_step(self) -> None:
         """Wait for a copy that runs beside training; the framework calls this before every optimizer's step."""

@@ -48,7 +48,8 @@ class Sections:
             until_ns = monotonic_ns() + round(min(deadline_s, _LONGEST_S) * 1e9)
         if self._inside and self._inside[-1].until_ns < NEVER:
             until_ns = min(until_ns, self._inside[-1].until_ns)
-        inside = _Inside(until_ns, memoryview(name.encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")).cast("Q"))
+        shown = name.encode(errors="replace")[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")
+        inside = _Inside(until_ns, memoryview(shown).cast("Q"))
         self._inside.append(inside)
         _write(words, inside)
         return inside

@@ -16,9 +16,9 @@ from ckptd.client.garbage import no_collections
 from ckptd.client.guard import AgentAwayError, say
 from ckptd.client.parent import Parent
 from ckptd.client.rejoin import Rejoining
-from ckptd.errors import AgentError, CkptdError, ProtocolError
+from ckptd.errors import AgentError, CkptdError, MemoryBudgetError, ProtocolError
 from ckptd.protocol import messages as m
-from ckptd.protocol.channel import Channel, expect
+from ckptd.protocol.channel import Channel, close_if_open, expect
 from ckptd.protocol.page import ControlPage, Word
 
 ADMIT_DEADLINE_S = 600.0
@@ -50,7 +50,14 @@ class LentSlot:
         """Kept for the next agent, should this one die."""
         # No MADV_DONTFORK: a shared map costs a fork nothing, while a child that unmaps what it does not have may
         # hit what it has mapped there instead.
-        self._map = mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        try:
+            self._map = mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        except OSError as error:
+            raise MemoryBudgetError(
+                f"a slot of {size_bytes} bytes can't be mapped: {error.strerror}", hint="is `ulimit -v` set?"
+            ) from error
+        except ValueError as error:
+            raise ProtocolError(f"the agent has lent a slot that can't be mapped: {error}") from error
 
     @property
     def view(self) -> memoryview:
@@ -60,7 +67,7 @@ class LentSlot:
     def close(self) -> None:
         """Unmap it, at the latest with the last view, which the traceback of a fault may hold."""
         if self.descriptor >= 0:
-            os.close(self.descriptor)
+            close_if_open(self.descriptor)
             self.descriptor = -1
         with contextlib.suppress(BufferError):
             self._map.close()
@@ -123,7 +130,7 @@ class Session:
             self._parent = Parent()
         descriptors = self._channel.take_descriptors(1 if answer.offer is None else 2)
         try:
-            self._page = ControlPage(descriptors[0])
+            self._page = _map_page(descriptors[0])
             self._page_descriptor = descriptors.pop(0)
             if answer.offer is not None:
                 self.document = _read_document(descriptors[0])
@@ -199,9 +206,13 @@ class Session:
                 before_next()
             try:
                 return self._channel.call(message, deadline_s)
-            except AgentError:
+            except (AgentError, ProtocolError):
                 if not self.lost or not self._lose():
                     raise
+            except BaseException:  # a signal's handler has given it up, and the connection with it
+                if self.lost:
+                    self._lose()
+                raise
 
     # --- the loss of the agent --------------------------------------------------------------------------------
 
@@ -320,9 +331,16 @@ class Session:
             slot.close()
         self.slots = {}
         if self._page is not None:
-            self._page.close()
+            # It is unmapped when nobody uses it any more, such as a step that a signal has interrupted.
             self._page = None
-            os.close(self._page_descriptor)
+            close_if_open(self._page_descriptor)
+
+
+def _map_page(descriptor: int) -> ControlPage:
+    try:
+        return ControlPage(descriptor)
+    except ValueError as error:
+        raise ProtocolError(f"the agent's control page can't be mapped: {error}") from error
 
 
 def _read_document(descriptor: int) -> dict[str, Any]:

@@ -11,11 +11,11 @@ if __name__ == "__main__":
     import os
 
     from ckptd.launcher.main import main
+    from ckptd.launcher.stdio import flush_streams
 
     outcome = main(sys.argv[1:])
     if isinstance(outcome, int):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_streams()
         # The exit handlers of preloaded modules belong to the ranks; here nobody has used these modules.
         os._exit(outcome)
     outcome.run()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import select
 import socket
-import sys
 
 from ckptd.errors import ProtocolError
+from ckptd.launcher.stdio import complain
 from ckptd.protocol.codec import Decoder, encode
 from ckptd.protocol.messages import Message, parse, to_frame
 
@@ -37,7 +37,7 @@ class Control:
         except OSError:
             return None
         except ProtocolError as error:
-            sys.stderr.write(f"ckptd: launcher: lost the agent: {error}\n")
+            complain(f"lost the agent: {error}")
             return None
 
     def receive_now(self) -> list[Message] | None:

@@ -20,10 +20,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ckptd.launcher.preload import in_words, shadowed, why_unfit
-from ckptd.launcher.processes import close_descriptors, die_with, flush_c_streams, open_descriptors
+from ckptd.launcher.preload import in_words, shadowed, surroundings, why_unfit
+from ckptd.launcher.processes import close_descriptors, die_with, flush_c_streams
 from ckptd.launcher.stdio import flush_streams
 
+_CHANGED = (ImportError, SyntaxError, AttributeError, OSError, MemoryError)
+"""How an import fails that has worked in the child: its files have changed since, or what it takes is used up."""
 _MAX_TRIALS = 8
 """How often what is left is tried again without a module that proved unfit."""
 NICENESS = 10
@@ -86,7 +88,10 @@ class Learner:
         began_s = time.monotonic()
         loaded = len(sys.modules)
         for name in self._wanted:
-            importlib.import_module(name)  # it has worked in the child
+            try:
+                importlib.import_module(name)
+            except _CHANGED as error:
+                self._unfit[name] = f"import failed: {in_words(error)}"
         gc.collect()
         gc.freeze()  # as at the start: a rank's first collection would touch, and so copy, all of it
         return Learned(len(sys.modules) - loaded, time.monotonic() - began_s, dict(self._unfit))
@@ -122,7 +127,7 @@ def _try_in_child(names: Sequence[str], folder: str) -> int:
 
 def _try(names: Sequence[str], folder: str, writer: int) -> None:
     """Import until one is unfit, and write down which and why."""
-    before = open_descriptors()
+    before = surroundings()
     unfit: dict[str, str] = {}
     for name in names:
         try:

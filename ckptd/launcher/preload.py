@@ -10,21 +10,40 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib.machinery import BuiltinImporter, FrozenImporter
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from ckptd.launcher.processes import has_children, open_descriptors
+from ckptd.launcher.processes import current_folder, has_children, open_descriptors
+from ckptd.protocol.failure import describe
 
 StartOver = Callable[[str, str], NoReturn]
 _TASKS = Path("/proc/self/task")
+_REASON_CHARS = 500
 _SETTLE_S = 0.2
 """How long a thread that is on its way out may take to leave the process table."""
+
+
+class Surroundings(NamedTuple):
+    """What of this process an import has to leave as it is."""
+
+    descriptors: dict[int, str]
+    folder: str
+    handlers: dict[int, Any]
+    streams: tuple[Any, ...]
+
+
+def surroundings() -> Surroundings:
+    """Return what they are now."""
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    return Surroundings(open_descriptors(), current_folder(), handlers, (sys.stdin, sys.stdout, sys.stderr))
 
 
 def preload(names: Sequence[str], unfit: StartOver) -> tuple[list[str], dict[str, str]]:
@@ -35,7 +54,7 @@ def preload(names: Sequence[str], unfit: StartOver) -> tuple[list[str], dict[str
     loaded: list[str] = []
     missing: dict[str, str] = {}
     for name in names:
-        before = open_descriptors()
+        before = surroundings()
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -55,11 +74,19 @@ def preload(names: Sequence[str], unfit: StartOver) -> tuple[list[str], dict[str
     return loaded, missing
 
 
-def why_unfit(before: dict[int, str]) -> str | None:
-    """Return why this process must not be forked after an import, or None; `before` are the descriptors of then."""
-    opened = {number: target for number, target in open_descriptors().items() if number not in before}
+def why_unfit(before: Surroundings) -> str | None:
+    """Return why this process must not be forked after an import, or None."""
+    now = surroundings()
+    opened = {number: target for number, target in now.descriptors.items() if number not in before.descriptors}
     if opened:
         return f"leaves descriptors open: {', '.join(sorted(set(opened.values())))}"
+    if now.folder != before.folder:
+        return f"changes the current folder to {now.folder}"
+    changed = [number for number, handler in before.handlers.items() if now.handlers[number] is not handler]
+    if changed:
+        return f"changes what these signals do: {', '.join(map(_signal_name, changed))}"
+    if now.streams != before.streams or any(getattr(stream, "closed", False) for stream in now.streams):
+        return "replaces or closes the standard streams"
     torch_cuda = sys.modules.get("torch.cuda")
     if torch_cuda is not None and torch_cuda.is_initialized():
         return "initialises CUDA"
@@ -101,8 +128,13 @@ def shadowed(folder: str, loaded: Iterable[str]) -> list[str]:
 
 def in_words(error: BaseException) -> str:
     """Return an exception in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    lines = describe(error).message.strip().splitlines()
+    # It becomes a word of a command line, which has its limits.
+    return f"{type(error).__name__}: {lines[0][:_REASON_CHARS]}".replace("\0", "\\0") if lines else type(error).__name__
+
+
+def _signal_name(number: int) -> str:
+    return number.name if isinstance(number, signal.Signals) else str(number)
 
 
 def _tasks_settled() -> int:
@@ -119,7 +151,8 @@ def _probe_fork() -> None:
         pid = os.fork()
     if pid == 0:
         os._exit(0)
-    os.waitpid(pid, 0)
+    with suppress(ChildProcessError):  # a module may have this process's children reaped
+        os.waitpid(pid, 0)
 
 
 def _thread_names() -> set[str]:

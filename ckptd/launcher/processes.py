@@ -32,6 +32,11 @@ def flush_c_streams() -> None:
     _libc.fflush(None)
 
 
+def current_folder() -> str:
+    """Return this process's folder, whether it still exists or not."""
+    return str(Path("/proc/self/cwd").readlink())
+
+
 def open_descriptors() -> dict[int, str]:
     """Return this process's open descriptors above the standard three, and what each refers to."""
     found: dict[int, str] = {}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 
 from ckptd.errors import AgentError, CkptdError, FencedError, from_json
 from ckptd.launcher.command import Belonging
 from ckptd.launcher.control import Control
+from ckptd.launcher.stdio import complain
 from ckptd.protocol import endpoint
 from ckptd.protocol.messages import Adopted, Hello, Message, Refused, Returned, Welcome, check_version
 
@@ -85,7 +85,7 @@ class Seeker:
         except CkptdError as error:
             if str(error) != self._said:
                 self._said = str(error)
-                sys.stderr.write(f"ckptd: launcher: not taken over yet: {error}\n")
+                complain(f"not taken over yet: {error}")
         return False
 
     def _dial(self, now_s: float, ranks: list[dict[str, int]], generation: int) -> None:

@@ -11,7 +11,6 @@ import os
 import selectors
 import signal
 import socket
-import sys
 import time
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from ckptd.launcher.learning import Learner
 from ckptd.launcher.processes import end_descendants, flush_c_streams, kill_group
 from ckptd.launcher.rank import Dispositions, RankStart
 from ckptd.launcher.seeking import Seeker
-from ckptd.launcher.stdio import flush_streams
+from ckptd.launcher.stdio import complain, flush_streams
 from ckptd.protocol.messages import Dissolve, Exited, Kill, Learn, Learned, Message, Spawn, Spawned, SpawnFailed
 
 _STRAYS_EVERY_S = 1.0
@@ -76,6 +75,7 @@ class Launcher:
     def prepare(self) -> None:
         """Begin to listen: to the agent, and to the signals that mean stop."""
         signal.set_wakeup_fd(self._stop_writer.fileno())
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who was born ignoring it never learns how a child has ended
         for number in (signal.SIGTERM, signal.SIGINT):
             # The handler does nothing: what counts is the byte that Python writes to the wake-up descriptor.
             signal.signal(number, lambda *_: None)
@@ -107,7 +107,7 @@ class Launcher:
         if not self._ranks:
             return self._agent_gone or self._end_by_s is not None
         if self._end_by_s is not None and time.monotonic() > self._end_by_s:
-            _complain(f"{len(self._ranks)} ranks can't be killed; the kernel holds them")
+            complain(f"{len(self._ranks)} ranks can't be killed; the kernel holds them")
             return True
         return False
 
@@ -118,8 +118,8 @@ class Launcher:
             return max(0.0, self._kill_at_s - time.monotonic())
         if self._seeker is not None and self._seeker.seeking:
             return self._seeker.patience_s(time.monotonic())
-        # Orphans of ranks that end meanwhile announce themselves only by SIGCHLD, whose handler a preloaded module
-        # may own. Until somebody looks they cost a row of the process table each, so a slow look is enough.
+        # Orphans of ranks that end meanwhile announce themselves only by SIGCHLD. Until somebody looks they cost a row
+        # of the process table each, so a slow look is enough.
         return _STRAYS_EVERY_S if self._ranks else None
 
     # --- events ------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ class Launcher:
             elif isinstance(message, Dissolve):
                 self._end()
             else:
-                _complain(f"the agent sent {type(message).__name__}, which means nothing to a launcher")
+                complain(f"the agent sent {type(message).__name__}, which means nothing to a launcher")
         return None
 
     def _await_trial(self) -> None:
@@ -169,7 +169,7 @@ class Launcher:
         """Look for the next agent; when that has come to nothing, end the ranks, with a word of warning first."""
         if self._kill_at_s is not None or seeker.too_late(now_s):
             if self._kill_at_s is None:
-                _complain("no agent has come back: the ranks are ended")
+                complain("no agent has come back: the ranks are ended")
                 self._kill(signal.SIGTERM)
                 self._kill_at_s = now_s + _TERM_GRACE_S
             if now_s >= self._kill_at_s or not self._ranks:
@@ -179,7 +179,7 @@ class Launcher:
             ranks = [{"rank": rank, "pid": pid} for rank, pid in self._started.items()]
             found = seeker.look(now_s, ranks, self._generation)
         except FencedError as error:
-            _complain(f"the ranks are ended: {error}")
+            complain(f"the ranks are ended: {error}")
             self._leave()
             return None
         if found is None:
@@ -199,7 +199,7 @@ class Launcher:
 
     def _on_stop(self) -> None:
         numbers = set(self._stop_reader.recv(4096))
-        # Every handled signal writes a byte here, also one whose handler a preloaded module has set.
+        # Every handled signal writes a byte here, also one whose handler a learned module has set.
         if numbers & {signal.SIGTERM, signal.SIGINT}:
             self._end()
 
@@ -327,7 +327,7 @@ class Launcher:
         descends from the launcher is such a leftover.
         """
         if not end_descendants(_SWEEP_DEADLINE_S):
-            _complain("processes that the ranks have left can't be killed; the kernel holds them")
+            complain("processes that the ranks have left can't be killed; the kernel holds them")
 
     def _reap_strays(self) -> None:
         """Reap orphans that have ended; a rank that has ended is left to its own event."""
@@ -355,8 +355,3 @@ def _await_exec(reader: int) -> int | None:
     """Wait until a child has executed its program, which closes the pipe; return the error's number if it failed."""
     answer = os.read(reader, 32)
     return int(answer) if answer else None
-
-
-def _complain(what: str) -> None:
-    sys.stderr.write(f"ckptd: launcher: {what}\n")
-    sys.stderr.flush()

@@ -12,6 +12,7 @@ import locale
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TextIO
 
 
@@ -19,7 +20,16 @@ def flush_streams() -> None:
     """Write out what Python still holds for stdout and stderr, or every forked child would write it again."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.flush()
+            with suppress(OSError, ValueError, AttributeError):  # it is full, closed, or a module's own
+                stream.flush()
+
+
+def complain(what: str) -> None:
+    """Write a line of the launcher's own to stderr, if that takes any."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(f"ckptd: launcher: {what}\n")
+            sys.stderr.flush()
 
 
 def rebuild_streams(environ: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -68,7 +69,7 @@ class Channel:
         self.send(message, deadline_s)
         try:
             answer = self.receive(deadline_s)
-        except AgentError:
+        except BaseException:
             self.close()  # an answer that comes late would be taken for that of the next call
             raise
         if isinstance(answer, Refused):
@@ -118,9 +119,16 @@ class Channel:
     def close(self) -> None:
         """Close the connection and every descriptor that nobody took."""
         for descriptor in self._descriptors:
-            os.close(descriptor)
+            close_if_open(descriptor)
         self._descriptors = []
-        self.stream.close()
+        with contextlib.suppress(OSError):  # as in `close_if_open`
+            self.stream.close()
+
+
+def close_if_open(descriptor: int) -> None:
+    """Close a descriptor of a rank's, unless the user's code has: there is some that closes all that it finds."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
 
 
 def open_channel(path: str, role: str, deadline_s: float) -> tuple[Channel, Welcome]:

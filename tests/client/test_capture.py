@@ -207,19 +207,14 @@ def test_three_faults_in_a_row_end_the_trying(
     assert mapped_regions() == 3  # the agent's own: two slots and the page
 
 
-def test_a_reported_value_that_can_not_be_read_costs_no_slot(agent: FakeAgent, attach: Attach) -> None:
-    """A value whose reading fails in a way of its own costs that capture, and not the slot for ever."""
-
-    class Odd:
-        def __float__(self) -> float:
-            raise LookupError("odd")
-
+def test_a_fault_before_the_seal_costs_no_slot(agent: FakeAgent, attach: Attach) -> None:
+    """What fails when the image is there and not sealed yet costs that capture, and not the slot for ever."""
     run = attach()
-    run.report(odd=Odd())
+    FAULTS["witness"] = faulty(LookupError)
     for _ in range(2):
         capture(agent, run)
     assert not agent.held
-    run.report(odd=1.0)
+    FAULTS.clear()
     capture(agent, run)
     agent.wait_for(m.Seal)
 

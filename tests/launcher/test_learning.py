@@ -101,3 +101,11 @@ def test_nothing_is_learned_that_would_hide_a_module_of_the_script(package: Path
     result = learn(package, "lazy.uses_other", "lazy.plain")
     assert result["loaded"] == []
     assert result["skipped"] == {"*": "the script's folder has its own other, which they would hide"}
+
+
+def test_what_can_be_imported_only_once_is_left_to_the_ranks(package: Path) -> None:
+    """Proves that a module that fails in the launcher after its trial, while ranks live, does it no harm."""
+    (package / "lazy" / "once.py").write_text("import os\nos.mkdir(__file__ + '.cache')")
+    result = learn(package, "lazy.once", "lazy.plain")
+    assert result["loaded"] == ["lazy.below", "lazy.plain"]
+    assert result["skipped"]["lazy.once"].startswith("import failed: FileExistsError")

@@ -217,15 +217,25 @@ class StepHook:
     def _before_step(self, optimizer: Optimizer, *, has_closure: bool) -> None:
         self._steps += 1
         pending = self._pending
-        passes = pending is not None and (
-            pending.allows(changed_storages(optimizer, has_closure=has_closure)) or pending.order()
-        )
-        if self._wait is not None and not passes:
+        if self._wait is not None and not (
+            pending is not None and _passes(pending, optimizer, has_closure=has_closure)
+        ):
             self._wait()
+
+
+def _passes(pending: PendingCopy, optimizer: Optimizer, *, has_closure: bool) -> bool:
+    """Return whether an optimizer may step without waiting for a copy."""
+    try:
+        changed = changed_storages(optimizer, has_closure=has_closure)
+    except RuntimeError:
+        return pending.order()  # it keeps tensors that have no storage of their own, such as sparse ones
+    return pending.allows(changed) or pending.order()
 
 
 def changed_storages(optimizer: Optimizer, *, has_closure: bool) -> set[int]:
     """Return the addresses of all storages that an optimizer's step may change.
+
+    Raises `RuntimeError` where a tensor does not say.
 
     Those of torch leave parameters without a gradient alone, and what they keep for them; a closure may give them one.
     """

@@ -113,6 +113,21 @@ def test_optimizers_of_users_wait(gate):
         assert len(beside.waits) == 1
 
 
+def test_optimizers_that_keep_odd_tensors_wait(gate):
+    """An optimizer that keeps tensors without a storage waits for the copy, and its step does not fail for it."""
+    own, other = nn.Parameter(torch.randn(LARGE)), nn.Parameter(torch.randn(LARGE))
+    optimizer, outsider = torch.optim.SGD([own], lr=0.1), Own([other], lr=0.1)
+    outsider.state[other]["mask"] = torch.ones(LARGE).to_sparse()
+    graded([own, other])
+    with Beside(state=[own], optimizer=optimizer) as beside:
+        optimizer.step()
+        beside.begin()
+        gate.set()
+        outsider.step()
+        assert len(beside.waits) == 1
+        assert beside.is_right()
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.randoms(use_true_random=False), st.lists(st.sampled_from([10, LARGE, 3 * LARGE]), min_size=2, max_size=6))
 def test_any_steps(choices: random.Random, sizes):

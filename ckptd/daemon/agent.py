@@ -104,9 +104,7 @@ class Agent:
 
     def submit(self, config: JobConfig) -> Supervisor:
         """Start a job; raises `CkptdError` for everything that can be known before it runs."""
-        if config.supervised:
-            refuse_second(self.journal, config.name)
-        return self._begin(config, None)
+        return self._begin(config, None, second=config.supervised)
 
     def adopt(self, entry: JobEntry) -> Supervisor:
         """Take over a job that was recorded as running by an agent that is gone; its ranks may be alive or not.
@@ -126,7 +124,7 @@ class Agent:
             job.machine.expects = None if last is None else last["step"]
         return job
 
-    def _begin(self, config: JobConfig, legacy: Legacy | None) -> Supervisor:
+    def _begin(self, config: JobConfig, legacy: Legacy | None, *, second: bool = False) -> Supervisor:
         running = self.jobs.get(config.name)
         if running is not None and not running.ended.done():
             raise FencedError(f"job {config.name} runs already", hint="stop it first, or give this one another --name")
@@ -137,6 +135,8 @@ class Agent:
         lease = self._services.coordinator.lease(config.name, f"agent {os.getpid()}")
         self._leases[config.name] = lease
         try:
+            if second:  # asked with the lease in hand: no agent has the job then
+                refuse_second(self.journal, config.name)
             tiers = self._open_tiers(config)
         except CkptdError:
             self._release(config.name, lease)

@@ -73,10 +73,10 @@ class MemoryCheck:
 
     def check(self, plan: NodePlan) -> str | None:
         """Compare what must be reserved with what can be."""
-        if plan.memory_bytes <= plan.memory_left_bytes:
+        left_bytes = max(0, plan.memory_left_bytes)  # less than nothing stops nobody who needs nothing
+        if plan.memory_bytes <= left_bytes:
             return None
-        left = show_size(max(0, plan.memory_left_bytes))
-        return f"the job's slots need {show_size(plan.memory_bytes)} more, {left} can be reserved"
+        return f"the job's slots need {show_size(plan.memory_bytes)} more, {show_size(left_bytes)} can be reserved"
 
 
 class PortCheck:

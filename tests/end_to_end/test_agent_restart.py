@@ -115,10 +115,14 @@ def check_end(world: World, steps: int) -> None:
 def test_three_agents_one_after_the_other(light: World, service: Service) -> None:
     """Agents are killed and replaced under the job: the same processes train to the right end, without an incident.
 
-    A second copy of the job is refused meanwhile.
+    A second copy of the job is refused meanwhile, with what is so: its agent runs it, or has gone.
     """
     service.train(700)
     pids = service.pids()
+    twice = light.ctl("submit", str(light.folder / f"{JOB}.toml"))
+    assert (twice.returncode, f"job {JOB} runs already" in twice.stderr) == (FencedError.exit_code, True)
+    beside = light.ctl("run", "--name", JOB, "--nproc", "2", "--store", str(light.store), "--", LIGHT, "700")
+    assert f"{JOB} is held by agent {service.agent.pid}" in beside.stderr
     for number in (1, 2, 3):
         service.kill()
         second = light.ctl("run", "--name", JOB, "--nproc", "2", "--store", str(light.store), "--", LIGHT, "700")

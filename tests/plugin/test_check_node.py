@@ -112,6 +112,7 @@ def test_of_several_disks_the_first_counts(small_disk: Path, tmp_path: Path) -> 
     ("needs", "left", "says"),
     [
         (0, 0, None),
+        (0, -5, None),  # a restart on a node that is short of memory: its slots are there already
         (100, 100, None),
         (2 * 2**30, 2**30, "the job's slots need 2.0 GiB more, 1.0 GiB can be reserved"),
         (2**30, -5, "the job's slots need 1.0 GiB more, 0 B can be reserved"),

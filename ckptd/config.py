@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
@@ -179,6 +180,7 @@ class JobConfig:
             _require(key in _SHAPES, f"a job has no setting {key!r}", f"known are {_keys()}")
             shape, fits = _SHAPES[key]
             _require(fits(value), f"{key} must be {shape}, not {value!r}", _EXAMPLE)
+            _require(_is_passable(value), f"{key} has text that no path or process can have", _EXAMPLE)
         for key in ("name", "command", "store"):
             _require(key in data, f"the job's settings lack {key!r}", _EXAMPLE)
         values: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in data.items()}
@@ -298,6 +300,27 @@ def _is_table(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(item, str) for pair in value.items() for item in pair)
 
 
+def _is_environment(value: object) -> bool:
+    return _is_table(value) and isinstance(value, dict) and all(name and "=" not in name for name in value)
+
+
+def _is_passable(value: object, levels: int = 16) -> bool:
+    """Return whether the kernel takes all text of a setting, as a path or to start a process with.
+
+    Nothing that is meant is nested in so many `levels`.
+    """
+    if isinstance(value, str):
+        try:
+            return b"\0" not in os.fsencode(value)
+        except UnicodeEncodeError:
+            return False
+    if isinstance(value, Mapping):
+        return levels > 0 and all(_is_passable(item, levels - 1) for pair in value.items() for item in pair)
+    if isinstance(value, (list, tuple)):
+        return levels > 0 and all(_is_passable(item, levels - 1) for item in value)
+    return True
+
+
 _SHAPES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "name": ("text", _is_text),
     "command": ("a list of strings", _is_list),
@@ -310,7 +333,7 @@ _SHAPES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "preload": ("a list of strings", _is_list),
     "python": ("text", _is_text),
     "cwd": ("text", _is_text),
-    "env": ("a table of strings", _is_table),
+    "env": ("a table of strings, whose names have no =", _is_environment),
     "slots": ("a whole number", _is_whole),
     "reuse_unchanged": ("true or false", _is_switch),
     "flush_max_bytes_per_s": ("a whole number", _is_whole),

@@ -126,7 +126,9 @@ class RaisedException:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RaisedException:
         """Rebuild what `to_json` wrote."""
-        return cls(str(data["type"]), str(data["message"]), str(data["traceback"]), data.get("error"))
+        error = data.get("error")
+        said = error if isinstance(error, dict) else None
+        return cls(str(data["type"]), str(data["message"]), str(data["traceback"]), said)
 
 
 @dataclass(frozen=True, slots=True)

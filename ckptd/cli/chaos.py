@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptd.cli.common import ask_owner, known_job, open_journal, when, whole_number
+from ckptd.cli.incident_text import shorten
 from ckptd.cli.render import show_table
 from ckptd.cli.status import current
 from ckptd.core.policy.chaos import KINDS, OF_RANKS, Campaign, Fault, Planned, plan
@@ -111,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
     except CkptdError as error:
         if not done:
             raise
-        print(f"ckptctl: error: {error.message}", file=sys.stderr)
+        print(f"ckptctl: error: {error}", file=sys.stderr)
         code = error.exit_code
     _sum_up(options.job, before, done)
     return code
@@ -183,6 +184,8 @@ def _inflict(job: str, planned: Planned) -> _Done:
     """Have the agent do a fault, and say it."""
     fault = planned.fault
     pid, before = known_job(job).agent_pid, _numbers(job)
+    if fault.step is not None:
+        print(f"waiting for rank {fault.ranks[0]} to finish step {fault.step}", file=sys.stderr)
     result = ask_owner(job, m.Fault(job, fault.to_json()), _CALL_DEADLINE_S)
     at = time.time()
     what = result["what"] + (", within the restart" if planned.follows else "")
@@ -240,4 +243,4 @@ def _row(item: dict[str, Any]) -> tuple[object, ...]:
     seconds = item["seconds"]
     spans = [show_duration(seconds[name]) if name in seconds else "-" for name in ("detect", "total")]
     lost = "-" if item["lost_steps"] is None else item["lost_steps"]
-    return item["number"], item["cause"][:60], spans[0], lost, spans[1]
+    return item["number"], shorten(item["cause"], 60), spans[0], lost, spans[1]

@@ -28,6 +28,7 @@ LONG_CALL_DEADLINE_S = 3600.0
 _MOST_DIGITS = 18
 _SHOWN_CHARACTERS = 40
 COMES_BACK = "it comes back by itself when the service starts: systemctl start ckptd"
+GOES_ON = "run the same command again: it goes on from the newest checkpoint"
 TERMINAL = ("finished", "failed", "stopped")
 """The states of a job that has ended."""
 _LONG_S = 1.0
@@ -150,9 +151,11 @@ def pick(places: Sequence[JobPlace], step: int | None, unread: list[CkptdError] 
     if not chosen:
         if unread:
             raise unread[0]
-        known = ", ".join(str(item.step) for item in line[:10]) or "none"
+        known = ", ".join(str(item.step) for item in line[:10])
+        journaled = None if places[0].config is None else f"`ckptctl status {places[0].job}` says what became of it"
+        hint = f"newest steps: {known}" if known else journaled
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise NotFoundError(f"job {places[0].job} has {what} in {_where(places)}", hint=f"newest steps: {known}")
+        raise NotFoundError(f"job {places[0].job} has {what} in {_where(places)}", hint=hint)
     return [(place, chosen[0]) for place in held_by[chosen[0]]]
 
 
@@ -205,16 +208,16 @@ def ask_owner(name: str, message: Message, deadline_s: float = _CALL_DEADLINE_S)
     if not Path(entry.agent_socket).exists():
         state = entry.status["state"]
         if state in TERMINAL:
-            raise AgentError(f"job {name} is not running: it is {state}", hint=f"see `ckptctl status {name}`")
+            on_purpose = state == "stopped" and not entry.life.comes_back
+            hint = GOES_ON if on_purpose else f"see `ckptctl status {name}`"
+            raise AgentError(f"job {name} is not running: it is {state}", hint=hint)
         raise AgentError(
             f"job {name} is not running: its agent (pid {entry.agent_pid}) is gone",
-            hint=COMES_BACK
-            if entry.life.comes_back
-            else "run the same command again: it goes on from the newest checkpoint",
+            hint=COMES_BACK if entry.life.comes_back else GOES_ON,
         )
     return ask(entry.agent_socket, message, deadline_s)
 
 
-def when(wall_s: float) -> str:
-    """Return a moment as people read it, in local time."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall_s))
+def when(wall_s: float, *, zone: bool = False) -> str:
+    """Return a moment as people read it, in local time; with the zone where it is held against logs, which have UTC."""
+    return time.strftime(f"%Y-%m-%d %H:%M:%S{' %Z' if zone else ''}", time.localtime(wall_s))

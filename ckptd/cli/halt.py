@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 from ckptd.cli.common import ask_owner, when
 from ckptd.cli.render import show_json
+from ckptd.errors import ConfigError
+from ckptd.halt_config import read_halt
 from ckptd.protocol.messages import Control
 from ckptd.units import show_duration
 
@@ -41,6 +44,9 @@ def run(options: argparse.Namespace) -> int:
         "at_next_checkpoint": options.at_next_checkpoint or None,
         "clear": options.clear or None,
     }
+    at = None if options.at is None else read_halt({"at": options.at}).at
+    if at is not None and at <= time.time():
+        raise ConfigError(f"--at is {when(at)}, which is over", hint=f"to stop now: ckptctl stop {options.job}")
     wishes = {key: value for key, value in flags.items() if value is not None}
     result = ask_owner(options.job, Control(options.job, "halt", options=wishes))
     if options.json:

@@ -36,10 +36,13 @@ _Field = tuple[str, Sequence[str], int]
 """A label, its texts, and the lines that it has at least."""
 
 
-def tell(item: Mapping[str, Any], width: int = WIDTH) -> list[str]:
-    """Return the lines that tell an incident, in the shape of `ckptctl incidents --json`."""
+def tell(item: Mapping[str, Any], width: int = WIDTH, *, left: str = "") -> list[str]:
+    """Return the lines that tell an incident, in the shape of `ckptctl incidents --json`.
+
+    `left` says what a job that it has ended can go on with.
+    """
     state = "closed: the job has a checkpoint since" if item["closed"] and item["restored"] else "closed"
-    moment = f"{when(item['failed_at'])}, at step {item['failed_step']} of generation {item['generation']}"
+    moment = f"{when(item['failed_at'], zone=True)}, at step {item['failed_step']} of generation {item['generation']}"
     raised = item["exception"]
     words = _raised(raised) if raised is not None else ("stderr", _said(item["last_lines"]), 3)
     fields = [
@@ -50,7 +53,7 @@ def tell(item: Mapping[str, Any], width: int = WIDTH) -> list[str]:
         words,
         ("decision", [item["decision"].removesuffix(f": {item['cause']}") or "none yet"], 2),
         ("because", ["; ".join(item["reasons"])], 3),
-        ("cost", [_cost(item)], 1),
+        ("cost", [_cost(item, left)], 1),
         ("took", [_took(item)], 2),
     ]
     path = item.get("evidence_path")
@@ -101,9 +104,9 @@ def _said(last_lines: Sequence[str]) -> list[str]:
     return [line for line in last_lines if _clean(line).strip()][-3:]
 
 
-def _cost(item: Mapping[str, Any]) -> str:
+def _cost(item: Mapping[str, Any], left: str) -> str:
     if item["lost_steps"] is None:
-        return "not known yet" if not item["closed"] else "nothing was started again"
+        return "not known yet" if not item["closed"] else "; ".join(filter(None, ("nothing was started again", left)))
     steps = item["lost_steps"]
     words = "no step" if steps == 0 else f"{steps} step{'s' if steps != 1 else ''} to do again"
     return f"{words}; it {'began afresh' if item['restored'] is None else f'went on from {restored(item)}'}"

@@ -28,7 +28,7 @@ def register(verbs: Any) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="a list of {number, generation, cause, rank, signal, returncode, failed_at, failed_step, lost_steps, "
+        help="a list of {number, job, generation, cause, rank, signal, returncode, failed_at, failed_step, lost_steps, "
         "restored: {step, tier, generation}, seconds: {detect, kill, decide, start, restore, first_step, total}, "
         "decision, reasons, consequences, exception, last_lines, kind, evidence_path, closed}",
     )
@@ -37,22 +37,33 @@ def register(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Show a job's incidents."""
-    known_job(options.job)
-    incidents = open_journal().read_incidents(options.job)
+    entry = known_job(options.job)
+    incidents = known = open_journal().read_incidents(options.job)
     listed = f"`ckptctl incidents {options.job}` lists them by number"
     number = whole_number(options.number, "incident", listed)
     if number is not None:
         incidents = [item for item in incidents if item["number"] == number]
         if not incidents:
-            raise NotFoundError(f"job {options.job} has no incident {number}", hint=listed)
+            raise NotFoundError(
+                f"job {options.job} has no incident {number}", hint=listed if known else "it has had none"
+            )
     if options.json:
         show_json(incidents)
     elif number is not None:
-        print("\n".join(tell(incidents[0], columns(WIDTH))))
+        ended = entry.status["state"] == "failed" and number == known[-1]["number"]
+        print("\n".join(tell(incidents[0], columns(WIDTH), left=_left(entry.status) if ended else "")))
     else:
         titles = "N> WHEN CAUSE STEP> LOST> RESTORED TOOK>"
         show_table(titles, [_row(item) for item in incidents], f"job {options.job} has had no incident")
     return 0
+
+
+def _left(status: dict[str, Any]) -> str:
+    """Say what a job that was given up can go on with."""
+    last = status["last_committed"]
+    return (
+        "no checkpoint was made" if last is None else f"the newest checkpoint is step {last['step']} on {last['tier']}"
+    )
 
 
 def _row(item: dict[str, Any]) -> tuple[object, ...]:

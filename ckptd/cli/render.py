@@ -38,7 +38,7 @@ def _show_rich(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[obje
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for title, right in columns:
         table.add_column(title, justify="right" if right else "left", no_wrap=right)
     for row in rows:

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,15 +161,22 @@ def run(options: argparse.Namespace) -> int:
     agent_config = dataclasses.replace(agent_config, socket=place)
     set_up(options.log_format or agent_config.log_format, debug=options.debug)
     _sweep(place.parent)
-    end = asyncio.run(_serve(agent_config, config, numbers))
+    end, status = asyncio.run(_serve(agent_config, config, numbers))
     if end.error is not None:
         if end.exception is not None and end.exception.error is None:
             print(f"\nThe rank's traceback:\n{end.exception.traceback}", file=sys.stderr)
         raise end.error
     if end.outcome == "stopped":
-        print(f"ckptctl: job {config.name} is stopped; the same command goes on with it", file=sys.stderr)
+        print(f"ckptctl: {_stopped(status)}", file=sys.stderr)
         return RESUMABLE
     return 0
+
+
+def _stopped(status: Mapping[str, Any]) -> str:
+    """Say why a job has stopped, and with what the next run of it begins."""
+    why, last = status["halt"]["stopping"], status["last_committed"]
+    newest = "it" if last is None else f"step {last['step']} from {last['tier']}"
+    return f"job {status['job']} is stopped{f' ({why})' if why else ''}; the same command goes on with {newest}"
 
 
 def _job_config(options: argparse.Namespace) -> JobConfig:
@@ -241,7 +248,9 @@ def _signals(text: str) -> list[signal.Signals]:
     return found
 
 
-async def _serve(agent_config: AgentConfig, config: JobConfig, numbers: Sequence[signal.Signals]) -> e.End:
+async def _serve(
+    agent_config: AgentConfig, config: JobConfig, numbers: Sequence[signal.Signals]
+) -> tuple[e.End, dict[str, Any]]:
     asyncio.get_running_loop().set_default_executor(Unawaited())
     agent = Agent(agent_config, foreground=True, on_agent_loss="end")
     try:
@@ -257,7 +266,7 @@ async def _serve(agent_config: AgentConfig, config: JobConfig, numbers: Sequence
 
         for number in numbers:
             loop.add_signal_handler(number, stop, number)
-        return await job.ended
+        return await job.ended, job.status()
     finally:
         await agent.close()
 

@@ -19,7 +19,7 @@ from ckptd.units import show_size
 _HEALTH = {
     "healthy": "healthy, as far as was reported of later steps",
     "suspect": "suspect: a bad number was reported after it",
-    None: "nothing was reported that tells",
+    None: "not known: no report of a later step has told yet",
 }
 
 
@@ -63,10 +63,7 @@ def run(options: argparse.Namespace) -> int:
             ("place", f"{place.tier.url}/{checkpoint_prefix(place.job, chosen)}"),
             ("state", f"{show_size(loaded.state_bytes)} of {loaded.world_size} ranks"),
             ("written", f"{show_size(loaded.size_bytes)} in {len(loaded.shards)} shards"),
-            (
-                "tensors",
-                f"{len(tensors)}, of which {referred} lie in files that were written before or by another rank",
-            ),
+            ("tensors", f"{len(tensors)}{_elsewhere(referred)}"),
             ("values", ", ".join(f"{name} {value:g}" for name, value in _reported(loaded)) or "none reported"),
             ("health", _HEALTH[health]),
             ("written by", f"ckptd {loaded.document['producer']['ckptd']}"),
@@ -79,6 +76,10 @@ def run(options: argparse.Namespace) -> int:
         ]
         show_table("TENSOR DTYPE SHAPE OF CHUNKS>", rows, "no tensor")
     return 0
+
+
+def _elsewhere(referred: int) -> str:
+    return f", {referred} of them in files that were written before or by another rank" if referred else ""
 
 
 def _reported(loaded: Manifest) -> list[tuple[str, float]]:

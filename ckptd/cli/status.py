@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ckptd.cli.common import COMES_BACK, TERMINAL, ask, known_job, open_journal, when
+from ckptd.cli.common import COMES_BACK, GOES_ON, TERMINAL, ask, known_job, open_journal, when
 from ckptd.cli.halt import describe
 from ckptd.cli.incident_text import shorten
 from ckptd.cli.render import aligned, columns, show_json, show_table
@@ -20,6 +21,8 @@ _STARTED = 19
 """The place of a process's start time in /proc/PID/stat, counted from behind its name."""
 _WIDTH = 110
 _LONGEST = 500
+_NOT_READY = "not ready"
+"""The kind of warning that a job has while its node is not fit for a start."""
 
 
 def register(verbs: Any) -> None:
@@ -47,7 +50,11 @@ def run(options: argparse.Namespace) -> int:
             show_json(status)
         else:
             incidents = open_journal().read_incidents(options.job)
-            print("\n".join(_tell(status, incidents, comes_back=entry.life.comes_back, width=columns(_WIDTH))))
+            wait_s = entry.config.get("check_wait_s")
+            lines = _tell(
+                status, incidents, comes_back=entry.life.comes_back, width=columns(_WIDTH), check_wait_s=wait_s
+            )
+            print("\n".join(lines))
             titles = "RANK> PID> STATE STEP>"
             ranks = [(rank["rank"], _dash(rank["pid"]), _doing(rank), _dash(rank["step"])) for rank in status["ranks"]]
             show_table(titles, ranks, "no rank")
@@ -56,10 +63,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         show_json(statuses)
         return 0
-    rows = [
-        (item["job"], item["state"], item["generation"], item["step"], _committed(item), item["restarts"])
-        for item in statuses
-    ]
+    rows = [(item["job"], item["state"], *_began(item), _committed(item), item["restarts"]) for item in statuses]
     titles = "JOB STATE GENERATION> STEP> COMMITTED> RESTARTS>"
     show_table(titles, rows, "no job has run here yet")
     return 0
@@ -91,16 +95,22 @@ def _lives(pid: int | None, began: int | None) -> bool:
 
 
 def _tell(
-    status: dict[str, Any], incidents: Sequence[dict[str, Any]], *, comes_back: bool, width: int = _WIDTH
+    status: dict[str, Any],
+    incidents: Sequence[dict[str, Any]],
+    *,
+    comes_back: bool,
+    width: int = _WIDTH,
+    check_wait_s: float | None = None,
 ) -> list[str]:
     """Return what is said of a job before the table of its ranks."""
     state, over = status["state"], status["state"] in TERMINAL
     restarts = f"{status['restarts']} restart{'' if status['restarts'] == 1 else 's'} in this run"
+    generation, step = _began(status)
     fields = [
         ("job", status["job"]),
         ("state", state),
-        ("generation", f"{status['generation']} ({restarts})"),
-        ("step", status["step"]),
+        ("generation", f"{'none yet' if generation == '-' else generation} ({restarts})"),
+        ("step", step),
         ("last step", _last_step(status)),
         ("committed", _committed(status)),
         ("stopped" if over else "stops", _stops(status)),
@@ -114,14 +124,22 @@ def _tell(
         fields.append(("incident", said + shorten(last["cause"], max(20, width - 12 - len(said)))))
     lines = aligned(fields)
     if status.get("error"):
-        lines += ["", f"It has failed: {shorten(status['error'], _LONGEST)}"]
+        why, _, hint = shorten(status["error"], _LONGEST).partition(" (hint: ")
+        lines += ["", *textwrap.wrap(f"It has failed: {why}", width)]
+        lines += textwrap.wrap(f"  hint: {hint.removesuffix(')')}", width, subsequent_indent="  ") if hint else []
     if comes_back and over:
         lines += ["", COMES_BACK.capitalize()]
     elif state == "interrupted":
-        lines += ["", _interrupted(status, comes_back=comes_back)]
+        lines += ["", *textwrap.wrap(_interrupted(status, comes_back=comes_back), width)]
     present = () if state == "interrupted" else status.get("warnings", ())
-    warnings = [f"Warning for {show_duration(item['since_s'])}: {_warned(item)}" for item in present]
+    warned = [f"Warning for {show_duration(item['since_s'])}: {_warned(item, check_wait_s)}" for item in present]
+    warnings = [line for text in warned for line in textwrap.wrap(text, width)]
     return [*lines, *([""] if warnings else []), *warnings, ""]
+
+
+def _began(status: dict[str, Any]) -> tuple[object, object]:
+    """Return generation and step, dashes where this run has none yet."""
+    return (status["generation"], status["step"]) if status["generation"] else ("-", "-")
 
 
 def _interrupted(status: dict[str, Any], *, comes_back: bool) -> str:
@@ -131,13 +149,15 @@ def _interrupted(status: dict[str, Any], *, comes_back: bool) -> str:
     elif comes_back:
         then = COMES_BACK
     else:
-        then = "run the same command again: it goes on from the newest checkpoint"
+        then = GOES_ON
     return f"Its agent is gone; {then}"
 
 
-def _warned(warning: dict[str, Any]) -> str:
+def _warned(warning: dict[str, Any], check_wait_s: float | None) -> str:
     kind, summary = warning["kind"], warning["summary"]
-    return summary if kind in summary else f"{kind}: {summary}"
+    text = summary if kind in summary else f"{kind}: {summary}"
+    waits = kind == _NOT_READY and check_wait_s is not None
+    return f"{text}; after {check_wait_s:g} s of this the job is given up (check_wait)" if waits else text
 
 
 def _last_step(status: dict[str, Any]) -> str:
@@ -158,7 +178,7 @@ def _stops(status: dict[str, Any]) -> str:
 
 
 def _doing(rank: dict[str, Any]) -> str:
-    section = rank.get("section")
+    section = None if rank["state"] == "gone" else rank.get("section")
     return rank["state"] if section is None else f"{rank['state']}, in section {section!r}"
 
 

@@ -96,7 +96,9 @@ class Failing(Scrubbing):
         damaged = offer if generation is not None and generation.damaged else None
         decision, effects = self.recovery.decide(now.s, older=older, damaged=damaged)
         if not decision.restart:
-            hint = f"`{self.recovery.look_up}` tells more; the same command again goes on from the newest checkpoint"
+            kept = self.keeper.last_committed is not None or bool(self.keeper.book.complete)
+            again = "goes on from the newest checkpoint" if kept else "begins afresh, for there is no checkpoint"
+            hint = f"`{self.recovery.look_up}` tells more; the same command again {again}"
             error = self.recovery.refusal or JobFailedError(decision.verdict or "the job has failed", hint=hint)
             return effects + self._give_up(error, now)
         if decision.at_most_step is not None:

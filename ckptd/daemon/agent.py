@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -32,7 +31,6 @@ from ckptd.daemon.supervisor import Services, Supervisor
 from ckptd.daemon.tiers import HOLD_PATIENCE_S, open_tiers, teller
 from ckptd.errors import AgentError, CkptdError, ConfigError, FencedError, NotFoundError
 from ckptd.journal import JobEntry, Journal
-from ckptd.launcher.command import plan_command
 from ckptd.log import get_logger
 from ckptd.plugin.manager import PluginManager
 from ckptd.protocol import messages as m
@@ -72,6 +70,7 @@ class Agent:
         self._launchers: dict[Peer, Processes] = {}
         """Those that have come back to this agent."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
         asyncio.get_running_loop().set_exception_handler(_crash)
         self.plugins = PluginManager(self._plugin_failed, config.blocked_plugins)
         self.journal = Journal(config.home)
@@ -125,11 +124,13 @@ class Agent:
         return job
 
     def _begin(self, config: JobConfig, legacy: Legacy | None, *, second: bool = False) -> Supervisor:
+        if self._closing:
+            raise AgentError("this agent is being stopped", hint="try again when the next one is there")
         running = self.jobs.get(config.name)
         if running is not None and not running.ended.done():
             raise FencedError(f"job {config.name} runs already", hint="stop it first, or give this one another --name")
         if config.supervised:
-            _check_command(config)
+            requests.check_command(config)
         if config.name in self._leases:  # it has ended in this very turn of the loop
             self._release(config.name, self._leases[config.name])
         lease = self._services.coordinator.lease(config.name, f"agent {os.getpid()}")
@@ -194,6 +195,7 @@ class Agent:
 
         After `grace_s` no upload is waited for any more, which the next start of its job makes up for.
         """
+        self._closing = True
         await self._stop([job for job in self.jobs.values() if not job.ended.done()], grace_s)
         if self._tasks:  # somebody who asked for the end waits for the answer
             await asyncio.wait(self._tasks, timeout=_ANSWER_S)
@@ -210,6 +212,7 @@ class Agent:
 
         It need not, and should not, let go of anything: what the others have goes on, as if it had been killed.
         """
+        self._closing = True
         running = [job for job in self.jobs.values() if not job.ended.done()]
         await self._stop([job for job in running if not job.outlives_agent], grace_s)
         for job in running:
@@ -261,7 +264,7 @@ class Agent:
             raise ConfigError(f"there is no rank {message.rank} among {message.world_size}")
         job = self.jobs.get(message.job)
         if job is not None and job.ending:
-            job.ended.add_done_callback(lambda _: self._received(peer, message))
+            job.ended.add_done_callback(lambda _: self._join_later(peer, message))
             return
         if job is None or job.ended.done():
             if message.generation:
@@ -293,9 +296,14 @@ class Agent:
         self._ranks[peer] = (job, rank)
         job.attendance.join(rank)
 
+    def _join_later(self, peer: Peer, message: m.Join) -> None:
+        """Take in a rank that had to wait for the end of the job of its name, unless it has hung up meanwhile."""
+        if peer in self.server.peers:
+            self._received(peer, message)
+
     def _check_newcomer(self, peer: Peer) -> None:
-        """Refuse to make two ranks of one connection: nobody would let go of the first when it closes."""
-        if peer in self._ranks:
+        """Refuse to make two of one connection: nobody would let go of the first when it closes."""
+        if peer in self._ranks or peer in self._launchers:
             raise AgentError("this connection is a rank's already", hint="a process attaches once")
 
     def _rejoin(self, peer: Peer, message: m.Rejoin) -> None:
@@ -304,22 +312,32 @@ class Agent:
             self._check_newcomer(peer)
             job = self.job(message.job)
             current = job.machine.generation
-            mine = current is not None and current.number == message.generation and message.rank < job.config.nproc
-            if job.ended.done() or message.incarnation != job.incarnation or not mine:
+            mine = current is not None and current.number == message.generation
+            mine = mine and 0 <= message.rank < job.config.nproc and message.incarnation == job.incarnation
+            if job.ending or job.ended.done() or not mine:
                 raise FencedError(f"job {message.job} goes on without this rank {message.rank}")
         except CkptdError:
             close_all(descriptors)
             raise
         rank = Rank(message.job, message.rank, peer, self._services.kept)
-        job.attendance.rejoin(rank, message, descriptors)
-        self._ranks[peer] = (job, rank)
+        self._ranks[peer] = (job, rank)  # before it is answered, for that may prove that it has hung up
+        try:
+            job.attendance.rejoin(rank, message, descriptors)
+        except CkptdError:
+            self._ranks.pop(peer, None)
+            raise
 
     def _returned(self, peer: Peer, message: m.Returned) -> None:
+        self._check_newcomer(peer)
         processes = self.job(message.job).processes
         if processes is None:
             raise FencedError(f"job {message.job} has a launcher of its own")
-        processes.returned(peer.connection, peer.pid, message)
         self._launchers[peer] = processes
+        try:
+            processes.returned(peer.connection, peer.pid, message)
+        except CkptdError:
+            self._launchers.pop(peer, None)
+            raise
 
     def _foreign(self, pid: int, error: CkptdError) -> None:
         for job in self.jobs.values():
@@ -375,13 +393,3 @@ def _crash(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         traceback.print_exception(error)
     sys.stderr.flush()
     os._exit(CRASHED)
-
-
-def _check_command(config: JobConfig) -> None:
-    """Refuse what can't be started before anything is touched."""
-    if not Path(config.cwd).is_dir():
-        raise ConfigError(f"there is no folder {config.cwd} to run in")
-    path = config.env.get("PATH", os.environ.get("PATH"))
-    if shutil.which(config.python, path=path) is None:
-        raise ConfigError(f"can't start {config.python}: no such program", hint="--python names the ranks' interpreter")
-    plan_command(config.command, preload=bool(config.preload), python=config.python, cwd=config.cwd, path=path)

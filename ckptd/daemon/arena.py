@@ -157,10 +157,19 @@ class Arena:
         Slots in `held` keep what they hold and are lent again if large enough; too small ones that hold nothing are
         given back first. Slow (the kernel clears the pages), so it runs in a thread; raises `MemoryBudgetError`.
         """
-        with self._lock:
-            turn = self._reserving.setdefault(rank, threading.Lock())
-        with turn:  # else two who ask at once would each add what is missing
+        with self._turn(rank):
             return self._reserve(rank, size_bytes, held)
+
+    def reserve_ahead(self, rank: int, size_bytes: int) -> None:
+        """Reserve what a rank is expected to ask for, unless it has slots already; raises `MemoryBudgetError`."""
+        with self._turn(rank):
+            if not self.slots(rank):
+                self._reserve(rank, size_bytes, ())
+
+    def _turn(self, rank: int) -> threading.Lock:
+        """Return what is held to reserve slots of a rank: two who do so at once would each add what is missing."""
+        with self._lock:
+            return self._reserving.setdefault(rank, threading.Lock())
 
     def _reserve(self, rank: int, size_bytes: int, held: Collection[int]) -> list[int]:
         with self._lock:

@@ -112,6 +112,9 @@ class Attendance:
     def join(self, rank: Rank) -> None:
         """Take in a rank that asks for its place; it is admitted when its generation is ready."""
         if not self._config.supervised:
+            holder = self.admitted.get(rank.rank)
+            if holder is not None and holder.peer.pid == rank.peer.pid:
+                self._gone(holder)  # its process begins anew, without a word
             self._watch(rank)
         # Until it is admitted, whoever has its place now must go on undisturbed.
         before = self._arrived.get(rank.rank)
@@ -284,6 +287,7 @@ class Attendance:
         if rank.waits_for_slots:
             raise AgentError(f"rank {rank.rank} of job {self._config.name} waits for slots already")
         rank.waits_for_slots = True
+        rank.lent = ()  # those that are too small are given back meanwhile
         self._start(self._reserve(rank, image_bytes))
 
     async def _reserve(self, rank: Rank, image_bytes: int) -> None:

@@ -21,6 +21,7 @@ from ckptd.daemon.supervisor import Supervisor
 from ckptd.errors import AgentError, ConfigError
 from ckptd.protocol.page import Harm, Word
 from ckptd.storage.wrappers import FillableTier
+from ckptd.units import show_signal
 
 PATIENCE_S = 120.0
 """How long a fault waits for its ranks to be there, and at its step."""
@@ -95,10 +96,10 @@ async def _until(job: Supervisor, condition: Callable[[], bool], what: str) -> N
 
 async def _signal(job: Supervisor, fault: Fault) -> str:
     await _until(job, lambda: _there(job, fault), f"rank {', '.join(map(str, fault.ranks))} was there")
-    number = signal.SIGSTOP if fault.kind == "stop" else signal.Signals(fault.signal)
+    number = signal.SIGSTOP if fault.kind == "stop" else fault.signal
     for rank in fault.ranks:
         _send(job, rank, number)
-    return f"{number.name} to {_named(fault)}"
+    return f"{show_signal(number)} to {_named(fault)}"
 
 
 def _there(job: Supervisor, fault: Fault) -> bool:
@@ -114,7 +115,7 @@ def _step(job: Supervisor, rank: int) -> int:
     return (admitted.step or 0) if admitted is not None else 0
 
 
-def _send(job: Supervisor, rank: int, number: signal.Signals) -> None:
+def _send(job: Supervisor, rank: int, number: int) -> None:
     """Send a signal to a rank's process, which may have ended in this very moment."""
     generation = job.machine.generation
     assert generation is not None
@@ -178,7 +179,10 @@ async def _arm(job: Supervisor, fault: Fault) -> str:
         f"{fault.kind} was done in {_named(fault)}",
     )
     if any(rank.page is not None and rank.page.words[Word.HARMLESS] for rank, _ in armed):
-        raise AgentError(f"{_named(fault)} of job {job.config.name} could not do {fault.kind}: it has no float tensor")
+        raise AgentError(
+            f"{_named(fault)} of job {job.config.name} could not do {fault.kind}: it has no float tensor",
+            hint="choose another --fault, or attach a state that holds one",
+        )
     extra = f", {fault.pause_s:g} s more for each step for {fault.for_s:g} s" if fault.kind == "slow" else ""
     return f"{fault.kind} in {_named(fault)}{extra}"
 

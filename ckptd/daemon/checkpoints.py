@@ -150,11 +150,10 @@ class Checkpoints:
     def _reserve_ahead(self, shard_bytes: Mapping[int, int]) -> None:
         """Have the slots that ranks will ask for cleared while they import torch: that takes a second per 2 GB."""
         for rank, size_bytes in shard_bytes.items():
-            if not self._arena.slots(rank):
-                try:
-                    self._arena.reserve(rank, size_bytes, ())
-                except CkptdError:
-                    return  # whoever asks for them will be told why
+            try:
+                self._arena.reserve_ahead(rank, size_bytes)
+            except CkptdError:
+                return  # whoever asks for them will be told why
 
     async def flush(self, order: e.Flush, alive: Collection[CheckpointId]) -> e.Input:
         """Make a snapshot durable. Of those in `alive`, the ones in memory, manifests are kept to be offered."""

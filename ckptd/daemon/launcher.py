@@ -14,6 +14,7 @@ from pathlib import Path
 from ckptd.daemon.connection import Connection
 from ckptd.launcher.command import Belonging, launcher_argv
 from ckptd.protocol.messages import Dissolve, Message
+from ckptd.units import show_signal
 
 OnExit = Callable[[int | None], None]
 """Gets the return code, once; None when the launcher is no child of ours, so that nobody tells us."""
@@ -26,7 +27,7 @@ class LauncherProcess:
         """Watch the process behind `pidfd`, which is taken over; `process` is what started it, if that was us."""
         self.pid = pid
         self.ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
-        self._pidfd = pidfd
+        self._pidfd: int | None = pidfd
         self._process = process
         self._on_exit = on_exit
         self._connection: Connection | None = None
@@ -55,13 +56,15 @@ class LauncherProcess:
 
     def signal(self, number: int) -> None:
         """Send it a signal, whether it is connected or not."""
-        if not self.ended.done():
+        if self._pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
 
     def _exited(self) -> None:
+        assert self._pidfd is not None
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
+        self._pidfd = None  # at once: the next descriptor of this agent gets its number, and may be of a process, too
         returncode = None if self._process is None else self._process.wait()
         # What it said last may still lie in the socket; the loop reads that before this callback.
         asyncio.get_running_loop().call_soon(self._report, returncode)
@@ -90,9 +93,7 @@ def how_it_ended(returncode: int | None) -> str:
     """Say how a launcher ended; None where nobody can tell."""
     if returncode is None:
         return "the launcher is gone"
-    return (
-        f"the launcher ended with {signal.Signals(-returncode).name if returncode < 0 else f'exit code {returncode}'}"
-    )
+    return f"the launcher ended with {show_signal(-returncode) if returncode < 0 else f'exit code {returncode}'}"
 
 
 def start_launcher(

@@ -21,7 +21,7 @@ from ckptd.daemon.living import boot_id, started
 from ckptd.daemon.orphans import Orphans
 from ckptd.daemon.output import OutputFollower, last_lines, output_paths
 from ckptd.daemon.ranks import Terms
-from ckptd.errors import CkptdError, ConfigError, FencedError, JobFailedError, ProtocolError, from_json
+from ckptd.errors import CkptdError, ConfigError, FencedError, JobFailedError, ProtocolError, StoreError, from_json
 from ckptd.journal import Life
 from ckptd.launcher.command import Belonging
 from ckptd.launcher.environment import free_port, job_env, rank_env
@@ -157,8 +157,9 @@ class Processes:
         launcher = self._launcher
         if launcher is None or launcher.pid != pid or message.incarnation != self._incarnation:
             raise FencedError(f"job {self._config.name} goes on without launcher {pid}")
-        ranks = {item["rank"]: item["pid"] for item in message.ranks}
-        if message.generation != self._generation or len(ranks) != self._config.nproc:
+        ranks = {item.get("rank", -1): item.get("pid", 0) for item in message.ranks}
+        whole = ranks.keys() == set(range(self._config.nproc)) and all(0 < number < 2**31 for number in ranks.values())
+        if message.generation != self._generation or not whole:
             raise FencedError(f"launcher {pid} has not all ranks of generation {self._generation}")
         launcher.connect(connection)
         self._ready = self._proven = True
@@ -177,7 +178,6 @@ class Processes:
     def _start_launcher(self) -> None:
         config = self._config
         self._ready = False
-        cpu_count = len(os.sched_getaffinity(0))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._launcher = start_launcher(
@@ -186,7 +186,7 @@ class Processes:
                 preload=self._preload(),
                 belongs=self._belongs if self._belongs.wait_s else None,
                 cwd=config.cwd,
-                env=job_env({**os.environ, **config.env}, nproc=config.nproc, cpu_count=cpu_count),
+                env=job_env({**os.environ, **config.env}, nproc=config.nproc, cpu_count=len(os.sched_getaffinity(0))),
                 log=self._folder / "launcher.log",
                 on_message=self.received,
                 on_exit=self._launcher_exited,
@@ -197,12 +197,11 @@ class Processes:
 
     def _preload(self) -> tuple[str, ...]:
         """Add to the job's list what every rank imports anyway: the client, and the adapters of its frameworks."""
-        wanted = self._config.preload
-        if not wanted:
+        names = list(self._config.preload)
+        if not names:
             return ()
-        names = list(wanted)
         for spec in self._plugins.frameworks:
-            if spec.trigger in wanted:
+            if spec.trigger in self._config.preload:
                 names += [*spec.preload, spec.target.partition(":")[0]]
         return tuple(dict.fromkeys([*names, "ckptd.client.attach"]))
 
@@ -230,10 +229,14 @@ class Processes:
         self._known.clear()
         self._killing = False
         folder = self._generation_folder()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            port = free_port()
+        except OSError as error:  # the disk of the state folder may be full
+            self._feed(e.SetupFailed(StoreError(f"can't start ranks, with their output in {folder}: {error.strerror}")))
+            return
         if self._follower is not None:
             self._follower.close()
-        port = free_port()
         for rank in range(self._config.nproc):
             out, err = output_paths(folder, rank)
             if self._follower is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from ckptd.core.policy.halt import Conditions
 from ckptd.daemon.leaving import show_halt
 from ckptd.daemon.ranks import Rank
 from ckptd.daemon.supervisor import Supervisor
-from ckptd.errors import AgentError, CkptdError, NotFoundError, ProtocolError, from_json
+from ckptd.errors import AgentError, CkptdError, ConfigError, NotFoundError, ProtocolError, from_json
 from ckptd.halt_config import read_halt
+from ckptd.launcher.command import plan_command
 from ckptd.protocol import messages as m
 from ckptd.types import CheckpointId, RaisedException
 
@@ -26,6 +29,8 @@ _MAX_FILES = 64
 def from_rank(job: Supervisor, rank: Rank, message: m.Message) -> None:  # noqa: C901, PLR0912 - a dispatch table
     """Handle a message of a rank that has joined."""
     number = rank.rank
+    if job.attendance.admitted.get(number) is not rank:
+        raise AgentError(f"rank {number} of job {job.config.name} is not let in yet")
     match message:
         case m.Reserve():
             if message.image_bytes <= 0:
@@ -90,6 +95,16 @@ def attached_config(message: m.Join, folder: Path) -> JobConfig:
         {"name": message.job, "command": [], "nproc": message.world_size, "store": "", **message.options}
     )
     return absolute_job(config, folder)
+
+
+def check_command(config: JobConfig) -> None:
+    """Refuse what can't be started before anything is touched; raises `ConfigError`."""
+    if not Path(config.cwd).is_dir():
+        raise ConfigError(f"there is no folder {config.cwd} to run in")
+    path = config.env.get("PATH", os.environ.get("PATH"))
+    if shutil.which(config.python, path=path) is None:
+        raise ConfigError(f"can't start {config.python}: no such program", hint="--python names the ranks' interpreter")
+    plan_command(config.command, preload=bool(config.preload), python=config.python, cwd=config.cwd, path=path)
 
 
 async def control(job: Supervisor, message: m.Control) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from typing import Any
 
 from ckptd.errors import ProtocolError
@@ -68,7 +69,14 @@ def _finite(text: str) -> float:
     return number
 
 
-_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+def _whole(text: str) -> int:
+    number = int(text)
+    if abs(number) > sys.float_info.max:  # and what is counted with it and a float would overflow
+        raise ValueError(text)
+    return number
+
+
+_JSON = json.JSONDecoder(parse_float=_finite, parse_int=_whole, parse_constant=_finite)
 
 
 def _parse(body: bytes) -> Frame:

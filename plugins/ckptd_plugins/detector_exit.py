@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-
 from ckptd.plugin import Detector, hookimpl
 from ckptd.types import Evidence, RankExit
-from ckptd.units import show_size
+from ckptd.units import show_signal, show_size
 
 _COUNTED = 0.9
 """How sure a lack of memory is that was counted in the rank's cgroup: it may have hit another process there."""
@@ -36,7 +34,7 @@ class ExitDetector:
             return self._evidence(end, "exception", f"rank {end.rank} raised {end.exception.type}{said}")
         if end.returncode < 0:
             core = ", core dumped" if end.core_dumped else ""
-            return self._evidence(end, "signal", f"rank {end.rank} was killed by {_name(-end.returncode)}{core}")
+            return self._evidence(end, "signal", f"rank {end.rank} was killed by {show_signal(-end.returncode)}{core}")
         return self._evidence(end, "exit", f"rank {end.rank} ended with exit code {end.returncode}")
 
     def _evidence(self, end: RankExit, kind: str, summary: str) -> Evidence:
@@ -55,20 +53,13 @@ class ExitDetector:
 
 
 def _facts(end: RankExit) -> tuple[str, ...]:
-    how = f"signal {_name(-end.returncode)}" if end.returncode < 0 else f"exit code {end.returncode}"
+    how = f"signal {show_signal(-end.returncode)}" if end.returncode < 0 else f"exit code {end.returncode}"
     core = "yes" if end.core_dumped else "no"
     facts = [f"rank {end.rank}, process {end.pid}: ended by {how}; core dumped: {core}"]
     if end.oom is not None:
         limit = "none" if end.oom.limit_bytes is None else f"{end.oom.limit_bytes} bytes"
         facts += [end.oom.said, f"cgroup: {end.oom.cgroup or 'unknown'}, limit: {limit}"]
     return tuple(facts)
-
-
-def _name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"  # a real-time signal has no name
 
 
 @hookimpl

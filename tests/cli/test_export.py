@@ -98,7 +98,7 @@ def test_export_refuses_in_one_line(
 def test_show_tells_state_from_what_was_written(ckptctl: Verb) -> None:
     """`show` says how large the state is, what was written for it, and how many tensors lie elsewhere."""
     _, out, _ = ckptctl("show", "gpt", "--tensors")
-    assert "1 lie in files" in out
+    assert "1 of them in files" in out
     assert "model.frozen" in out
     _, out, _ = ckptctl("show", "gpt", "--json")
     said = json.loads(out)

@@ -59,10 +59,10 @@ def incident(**facts: Any) -> dict[str, Any]:
 
 def test_a_death_reads_well(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves word for word what somebody reads who was woken by a killed rank."""
-    monkeypatch.setattr("ckptd.cli.incident_text.when", lambda _: "2027-01-15 08:00:00")
+    monkeypatch.setattr("ckptd.cli.incident_text.when", lambda _, **__: "2027-01-15 08:00:00 CET")
     assert tell(incident()) == [
         "incident  3 of job gpt (closed: the job has a checkpoint since)",
-        "when      2027-01-15 08:00:00, at step 4210 of generation 2",
+        "when      2027-01-15 08:00:00 CET, at step 4210 of generation 2",
         "cause     rank 1 was killed by SIGKILL",
         "then      rank 0 lost its connection to rank 1",
         "decision  restart the whole job",
@@ -72,6 +72,14 @@ def test_a_death_reads_well(monkeypatch: pytest.MonkeyPatch) -> None:
         "          ranks started 120 ms, restored 100 ms, first step 150 ms",
         "evidence  /var/lib/ckptd/jobs/gpt/incidents/3",
     ]
+
+
+def test_what_a_job_that_was_given_up_has_left() -> None:
+    """The incident that has ended a job says what there is to go on with, one that has not does not."""
+    given_up = incident(lost_steps=None, restored=None)
+    told = tell(given_up, left="the newest checkpoint is step 4207 on local")
+    assert "cost      nothing was started again; the newest checkpoint is step 4207 on local" in told
+    assert "cost      nothing was started again" in tell(given_up)
 
 
 def test_an_exception_is_shortened_to_the_users_frames() -> None:

@@ -65,6 +65,24 @@ def test_a_job_that_has_failed_says_why() -> None:
     assert not [line for line in lines if line.startswith(("last step", "stops", "stopped"))]
 
 
+def test_the_hint_of_a_failure_has_a_line_of_its_own() -> None:
+    """What to do stands apart from what has happened, and neither is wider than the terminal."""
+    lines = told(state="failed", error=f"{'no room ' * 15}is left (hint: free some)")
+    assert lines[-2:] == ["  hint: free some", ""]
+    assert max(map(len, lines)) <= 80
+    assert sum("no room" in line for line in lines) == 2
+
+
+def test_a_run_without_a_generation_yet() -> None:
+    """A run that waits for its node has neither generation nor step, and says when it is given up."""
+    summary = "the node is not ready: disk: full"
+    waits = {"kind": "not ready", "rank": None, "summary": summary, "since_s": 2.0}
+    now = status(state="preparing", generation=0, step=0, restarts=0, warnings=[waits])
+    lines = _tell(now, [], comes_back=False, check_wait_s=300.0)
+    assert lines[2:4] == ["generation  none yet (0 restarts in this run)", "step        -"]
+    assert f"Warning for 2.00 s: {summary}; after 300 s of this the job is given up (check_wait)" in lines
+
+
 @pytest.mark.parametrize(
     ("warning", "line"),
     [

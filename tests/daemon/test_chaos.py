@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from typing import Any
 
 import psutil
 import pytest
@@ -55,6 +56,21 @@ def test_an_attached_rank_is_killed_and_stopped(agent: AgentThread, rank: Puppet
     assert (answer["what"], answer["step"], answer["generation"]) == ("SIGTERM to rank 0", 3, 1)
     rank.process.wait(60)
     assert rank.process.returncode == -signal.SIGTERM
+
+
+def test_a_signal_without_a_name(agent: AgentThread, rank: Puppet) -> None:
+    """Most real-time signals have only a number, and end a rank like any other."""
+    number = signal.SIGRTMIN + 1
+    assert do(agent, Fault("kill", (0,), signal=number))["what"] == f"signal {number} to rank 0"
+    rank.process.wait(60)
+    assert rank.process.returncode == -number
+
+
+@pytest.mark.parametrize("lasts", [{"for_s": 1e300}, {"pause_s": -1.0}, {"step": 2**64}, {"step": -1}])
+def test_a_fault_that_no_page_has_room_for(lasts: dict[str, Any]) -> None:
+    """How long, how slow and when is bounded: it has to be written to a word of the control page."""
+    with pytest.raises(ConfigError):
+        Fault("slow", (0,), **lasts)
 
 
 def test_a_fault_waits_for_its_step(agent: AgentThread, rank: Puppet) -> None:

@@ -22,10 +22,11 @@ from ckptd.core.handover import Handover
 from ckptd.daemon.adopting import Legacy
 from ckptd.daemon.connection import Connection
 from ckptd.daemon.exits import Exits
+from ckptd.daemon.launcher import LauncherProcess, how_it_ended
 from ckptd.daemon.living import boot_id, started
 from ckptd.daemon.processes import Processes
 from ckptd.daemon.ranks import Terms
-from ckptd.errors import ProtocolError
+from ckptd.errors import FencedError, ProtocolError
 from ckptd.journal import Life
 from ckptd.plugin.manager import PluginManager
 from ckptd.protocol.channel import Channel
@@ -140,6 +141,65 @@ def test_a_launcher_that_ends_as_its_job_does(tmp_path: Path) -> None:
         theirs.close()
         await taken.processes.close()
         assert launcher.wait() == -signal.SIGTERM
+
+    play(scene, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "ranks", [[], [{"rank": 0}], [{"pid": 1}], [{"rank": 1, "pid": 1}], [{"rank": 0, "pid": 2**40}]]
+)
+def test_a_launcher_with_other_ranks(tmp_path: Path, ranks: list[dict[str, int]]) -> None:
+    """One that comes back and does not name each rank of the generation is turned away."""
+
+    async def scene(taken: Job, launcher: Any, _: Any) -> None:
+        ours, theirs = socket.socketpair()
+        connection = Connection(ours, lambda *_: None, taken.processes.disconnected)
+        said = Returned("job", "this run", launcher.pid, 1, ranks)
+        with pytest.raises(FencedError, match="has not all ranks of generation 1"):
+            taken.processes.returned(connection, launcher.pid, said)
+        connection.close()
+        theirs.close()
+
+    play(scene, tmp_path)
+
+
+def test_a_launcher_that_has_just_ended(tmp_path: Path) -> None:
+    """From the moment its end is seen it gets no signal: its descriptor may be one of another process already."""
+
+    async def scene(_: Job, launcher: Any, __: Any) -> None:
+        with sleeping() as process:
+            ended: list[int | None] = []
+            watched = LauncherProcess(process.pid, os.pidfd_open(process.pid), process, ended.append)
+            process.kill()
+            while not ended:  # each turn of the loop, and so also that between the two halves of its end
+                watched.signal(0)
+                await asyncio.sleep(0)
+            assert ended == [-signal.SIGKILL]
+
+    play(scene, tmp_path)
+
+
+def test_how_a_launcher_ended() -> None:
+    """What ended it is named, also by a signal that has no name."""
+    assert how_it_ended(-signal.SIGTERM) == "the launcher ended with SIGTERM"
+    assert how_it_ended(-(signal.SIGRTMIN + 1)) == f"the launcher ended with signal {signal.SIGRTMIN + 1}"
+    assert how_it_ended(3) == "the launcher ended with exit code 3"
+
+
+def test_no_room_for_what_ranks_print(tmp_path: Path) -> None:
+    """Ranks whose output has no folder are not started, and the job is told why."""
+
+    async def scene(taken: Job, launcher: Any, _: Any) -> None:
+        (tmp_path / "g000002").write_text("no folder")
+        taken.processes.spawn(2, 1)
+        ours, theirs = socket.socketpair()
+        connection = Connection(ours, lambda *_: None, taken.processes.disconnected)
+        ranks = [{"rank": 0, "pid": taken.processes._known[0]}]
+        taken.processes.returned(connection, launcher.pid, Returned("job", "this run", launcher.pid, 1, ranks))
+        (failed,) = taken.fed
+        assert isinstance(failed, e.SetupFailed)
+        assert failed.error.message == f"can't start ranks, with their output in {tmp_path}/g000002: File exists"
+        theirs.close()
 
     play(scene, tmp_path)
 

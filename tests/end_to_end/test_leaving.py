@@ -185,6 +185,8 @@ def test_conditions_of_a_running_job(light: World) -> None:
     assert "only when" in world.ctl("halt", "train", "--clear").stdout
     refused = world.ctl("halt", "train", "--at", "noon")
     assert (refused.returncode, "2026-12-01T06:00" in refused.stderr) == (2, True)
+    over = world.ctl("halt", "train", "--at", "2020-01-01")
+    assert (over.returncode, "2020-01-01 00:00:00, which is over" in over.stderr) == (2, True)
     assert world.ctl("halt", "train", "--at-next-checkpoint").returncode == 0
     world.finish(run, code=75)
     (leaving,) = said(world, run, "leaving")

@@ -107,9 +107,12 @@ def test_what_is_not_json_is_refused(body: bytes) -> None:
         Decoder().feed(frame_of(body))
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_that_json_does_not_have_are_refused(number: str) -> None:
-    """NaN and infinity are no JSON, whatever Python's parser says: behind them, comparisons would go wrong."""
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 309, "-1" + "0" * 309])
+def test_numbers_that_nobody_can_count_with_are_refused(number: str) -> None:
+    """NaN, infinity and what no float has room for are refused, whatever Python's parser says of them.
+
+    Behind the first, comparisons would go wrong; a whole number that large overflows where it meets a float.
+    """
     with pytest.raises(ProtocolError, match="not JSON"):
         Decoder().feed(frame_of(b'{"seconds":%s}' % number.encode()))
 

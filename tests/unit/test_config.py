@@ -89,7 +89,7 @@ def test_a_job_without_command_is_attached() -> None:
     assert not job(command=()).supervised
 
 
-_TEXT = st.text(min_size=1, max_size=8)
+_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0="), min_size=1, max_size=8)
 
 
 @settings(max_examples=60, deadline=None)
@@ -154,6 +154,11 @@ def test_round_trip(config: JobConfig) -> None:
         ({"cwd": []}, "cwd must be text, not []"),
         ({"env": {"OMP_NUM_THREADS": 1}}, "env must be a table of strings"),
         ({"env": ["A=1"]}, "env must be a table of strings"),
+        ({"env": {"A=B": "1"}}, "env must be a table of strings, whose names have no ="),
+        ({"env": {"A": "\0"}}, "env has text that no path or process can have"),
+        ({"command": ["train.py", "\ud800"]}, "command has text that no path or process can have"),
+        ({"halt": {"preempt_notice": "file:\0"}}, "halt has text that no path or process can have"),
+        ({"store": {"url": "/a", "options": json.loads("[" * 500 + "]" * 500)}}, "store has text that no path"),
         ({"resume_from": 7}, "resume_from must be PLACE/JOB, or a table with that as its url, not 7"),
         ({"resume_from": ["/a/gpt"]}, "resume_from must be PLACE/JOB, or a table with that as its url, not"),
         ({"resume_from": {"region": "eu"}}, "names no job to resume from"),

@@ -25,6 +25,10 @@ FOLLOW_S = 0.5
 """A fault that follows another one comes within so long: as a rule while the job restarts."""
 _SIGKILL = 9
 _MASK = 2**64 - 1
+_LONGEST_S = 1e9
+_LAST_STEP = 2**63
+"""From there on, a step does not fit into the control page."""
+_HOW_LONG = f"from 0 to {_LONGEST_S:g} s"
 _HINT = f"known are {', '.join(KINDS)}"
 
 
@@ -50,6 +54,10 @@ class Fault:
             raise ConfigError(f"there is no fault {self.kind!r}", hint=_HINT)
         if (self.kind in OF_RANKS) != bool(self.ranks):
             raise ConfigError(f"a fault {self.kind!r} hits {'ranks: name some' if not self.ranks else 'no rank'}")
+        if not (0 <= self.for_s <= _LONGEST_S and 0 <= self.pause_s <= _LONGEST_S):
+            raise ConfigError(f"a fault lasts {self.for_s:g} s, with pauses of {self.pause_s:g} s", hint=_HOW_LONG)
+        if self.step is not None and not 0 <= self.step <= _LAST_STEP:
+            raise ConfigError(f"there is no step {self.step}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that crosses the socket."""

@@ -40,5 +40,5 @@ def pages(ranks: Sequence[RankView]) -> Part:
             lines.append(json.dumps({"rank": view.rank, "now": dict(view.page)}))
     if not lines:
         return Part((), ("control pages: no rank has one",))
-    about = "what each rank's control page said at the last looks: step, last boundary, phase, time waited for others"
+    about = "what the control pages said lately: step, last boundary, phase, time waited for others"
     return Part((text_piece("pages.jsonl", "\n".join(lines) + "\n", about),))

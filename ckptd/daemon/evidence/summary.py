@@ -91,8 +91,9 @@ def _finding(evidence: Evidence, findings: Findings) -> str:
     """Say who is to blame; of a rank that has died that is known, and the rest is what the others did then."""
     if evidence.kind in ("hang", "straggler", "stopped"):
         return findings.reason
-    who = "the job" if evidence.rank is None else f"rank {evidence.rank}"
-    return f"{who} failed first; the other ranks are shown as they were right after it"
+    if evidence.rank is None:
+        return "no rank is to blame; all are shown as they were right after it"
+    return f"rank {evidence.rank} failed first; the other ranks are shown as they were right after it"
 
 
 def _wrapped(head: str, text: str) -> list[str]:

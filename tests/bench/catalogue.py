@@ -12,6 +12,7 @@ TORCH = (
     "dcp.save",
     "dcp.async thread",
     "dcp.async thread, kept stager",
+    "dcp.async thread, staged beside",
     "dcp.async process",
     "dcp.async process, kept stager",
 )
@@ -25,8 +26,10 @@ def is_ckptd(name: str) -> bool:
     return name.startswith(CKPTD)
 
 
-def why_not(name: str) -> str | None:
+def why_not(name: str, device: str = "cpu") -> str | None:
     """Return why a contender can't be measured here, None when it can."""
+    if name.endswith("staged beside") and device == "cpu":
+        return "its staging needs a CUDA device"
     package = PEERS.get(name)
     if package and importlib.util.find_spec(package) is None:
         return "not installed"

@@ -183,20 +183,24 @@ def restore_row(name: str, found: dict[str, Spread | None], limits: dict[str, Sp
 
 def run(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
     """Measure and print everything for one kind of state."""
-    shape = Shape(args.size, args.tensors, dtype)
+    shape = Shape(args.size, args.tensors, dtype, device=args.device)
     wanted = catalogue.pick(args.only)
-    absent = {name: reason for name in wanted if (reason := catalogue.why_not(name))}
+    absent = {name: reason for name in wanted if (reason := catalogue.why_not(name, args.device))}
     names = [name for name in wanted if name not in absent]
     rounds, limits = measure_all(names, args, shape)
     items = {name: summarise(name, rounds[name]) for name in names}
     bounds = {name: spread(seconds) for name, seconds in limits["seconds"].items()}
     own = items.get(catalogue.CKPTD + bars.chosen(items)) or next(iter(items.values()))
-    print(f"\n{machine.line()}\n{args.ranks} ranks of {args.size:g} MiB in {args.tensors} tensors, {dtype}\n")
+    print(f"\n{machine.line()}\n{args.ranks} ranks of {args.size:g} MiB in {args.tensors} tensors, {dtype}", end=", ")
+    print(f"on {args.device}\n")
     print(table([cost_row(item, own, bounds) for item in items.values()] + [_absent(*pair) for pair in absent.items()]))
     print()
     print(table([use_row(item) for item in items.values()]))
     print()
     size = int(args.size * 2**20) * args.ranks
+    copies = [rank["copy_out_s"] for turns in rounds.values() for turn in turns for rank in turn["ranks"]
+              if "copy_out_s" in rank]  # fmt: skip
+    bounds |= {"device to page-locked memory": spread(copies)} if copies else {}
     print(table([limit_row(name, size, seconds) for name, seconds in bounds.items()]))
     kept = bars.checkpoint_bars(items, bounds)
     restores: dict[str, dict[str, Spread | None]] = {}
@@ -224,6 +228,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=float, default=512, metavar="MIB", help="state per rank (default 512)")
     parser.add_argument("--ranks", type=int, default=2, help="ranks (default 2)")
     parser.add_argument("--tensors", type=int, default=150, help="tensors per rank (default 150)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the state lies")
     types = "of weights and moments; may be repeated; mixed (default): half of them fp32, half bf16"
     parser.add_argument("--dtype", action="append", choices=("mixed", "fp32", "bf16"), help=types)
     parser.add_argument("--repeat", type=int, help="repetitions of each figure after a warm-up (default 5)")

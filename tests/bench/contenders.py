@@ -181,10 +181,36 @@ class DcpAsync(Dcp):
             self._stager.close()
 
 
-def _stager(*, shared: bool) -> DefaultStager:
-    """Return a stager to keep, so that its buffers are used again."""
+class DcpStaged(DcpAsync):
+    """`async_save` whose staging copy runs beside training, too, as far as the next step of the optimizer."""
+
+    def __init__(self, folder: Path, rank: int, training: Training) -> None:
+        options = StagingOptions(
+            use_pinned_memory=True, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=True
+        )
+        super().__init__(folder, rank, training, AsyncCheckpointerType.THREAD, DefaultStager(options))
+        self._staged: Any = None
+        assert training.optimizer is not None
+        training.optimizer.register_step_pre_hook(self._wait)
+
+    def take(self, path: Path) -> None:
+        """Begin to stage."""
+        reply: Any = async_save(
+            self.state, checkpoint_id=path, process_group=self.group, async_stager=self._stager,
+            async_checkpointer_type=self._kind,
+        )  # fmt: skip
+        self._handle, self._staged = reply.upload_completion, reply.staging_completion
+
+    def _wait(self, *_: Any) -> None:
+        if self._staged is not None:
+            self._staged.result()
+            self._staged = None
+
+
+def _stager(*, shared: bool, pinned: bool) -> DefaultStager:
+    """Return a stager to keep, so that its buffers are used again; page-locked ones take a device's copies faster."""
     options = StagingOptions(
-        use_pinned_memory=False, use_shared_memory=shared, use_async_staging=False, use_non_blocking_copy=False
+        use_pinned_memory=pinned, use_shared_memory=shared, use_async_staging=False, use_non_blocking_copy=pinned
     )
     return DefaultStager(options)
 
@@ -259,7 +285,8 @@ def _dcp_async(kind: AsyncCheckpointerType, *, keep: bool) -> Maker:
     """Return how to make `async_save` with the default stager, or with one that is kept and suits its kind."""
 
     def make(folder: Path, rank: int, training: Training) -> Contender:
-        stager = _stager(shared=kind is AsyncCheckpointerType.PROCESS) if keep else None
+        shared = kind is AsyncCheckpointerType.PROCESS
+        stager = _stager(shared=shared, pinned=training.on_device) if keep else None
         return DcpAsync(folder, rank, training, kind, stager)
 
     return make
@@ -271,6 +298,7 @@ CONTENDERS: dict[str, Maker] = {
     "dcp.save": Dcp,
     "dcp.async thread": _dcp_async(AsyncCheckpointerType.THREAD, keep=False),
     "dcp.async thread, kept stager": _dcp_async(AsyncCheckpointerType.THREAD, keep=True),
+    "dcp.async thread, staged beside": DcpStaged,
     "dcp.async process": _dcp_async(AsyncCheckpointerType.PROCESS, keep=False),
     "dcp.async process, kept stager": _dcp_async(AsyncCheckpointerType.PROCESS, keep=True),
     "ckptd overlap=on": Ckptd,

@@ -21,6 +21,8 @@ class Shape:
     """Whether an Adam keeps its moments; without, every tensor is a weight and no optimizer is there."""
     replicated: bool = False
     """Whether all ranks hold the same state under the same names, as under DDP."""
+    device: str = "cpu"
+    """Where it lies: "cpu" or "cuda"."""
 
 
 @dataclass(frozen=True)

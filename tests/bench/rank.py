@@ -94,6 +94,7 @@ class Loop:
         self.training.prepare("full")
         self.training.change()
         self.training.prepare(kind)
+        self.training.synchronize()
         dist.barrier()
 
 
@@ -164,11 +165,13 @@ def measure_load(loop: Loop, *, cold: bool) -> dict[str, float]:
     assert isinstance(contender, Loading), f"{contender.name} does not load"
     wanted = training.fingerprint()
     training.change()
+    training.synchronize()
     if cold:
         probes.drop_cache(path for path in contender.path.rglob("*") if path.is_file())
     dist.barrier()
     begin_s = time.monotonic()
     contender.load()
+    training.synchronize()
     took_s = time.monotonic() - begin_s
     assert training.fingerprint() == wanted, "it loaded something else"
     dist.barrier()
@@ -234,6 +237,8 @@ def measure(plan: Plan) -> None:
     if training.optimizer is not None:
         training.optimizer.register_step_pre_hook(loop.hook_after)
     result: dict[str, Any] = {"state_bytes": training.state_bytes()}
+    if training.on_device:
+        result["copy_out_s"] = training.copy_out_s()
     for kind in plan.phases:
         if kind == "memory":
             result[kind] = measure_memory(loop, before)

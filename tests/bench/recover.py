@@ -53,9 +53,9 @@ class Contender:
     needs: str = ""
     """A module that the script imports first."""
 
-    def command(self, folder: Path, mib: int) -> list[str]:
+    def command(self, folder: Path, mib: int, device: str) -> list[str]:
         """Return the whole command."""
-        words = [TOY, self.script, str(folder), str(mib), *([self.needs] if self.needs else [])]
+        words = [TOY, self.script, str(folder), str(mib), device, *([self.needs] if self.needs else [])]
         return [item.replace("FOLDER", str(folder)) for item in self.launch] + words
 
 
@@ -83,14 +83,19 @@ CONTENDERS = (
 class Job:
     """One start of a contender, in a folder of its own."""
 
-    def __init__(self, contender: Contender, folder: Path, mib: int) -> None:
+    def __init__(self, contender: Contender, folder: Path, mib: int, device: str) -> None:
         self.folder, self.contender = folder, contender
         (folder / "dcp").mkdir()
         env = {**os.environ, **contender.env, "CKPTD_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
         env |= {"PYTHONPATH": str(ROOT), "CKPTD_SOCKET": str(folder / "ckptd.sock")}
         with (folder / "log").open("w") as log:
             self._process = subprocess.Popen(
-                contender.command(folder, mib), env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True
+                contender.command(folder, mib, device),
+                env=env,
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self._events: list[dict[str, Any]] = []
         self._read_bytes = 0
@@ -222,10 +227,10 @@ def memcpy_s(mib: int) -> float:
 
 
 @contextlib.contextmanager
-def running(contender: Contender, base: str | None, mib: int) -> Iterator[Job]:
+def running(contender: Contender, base: str | None, mib: int, device: str) -> Iterator[Job]:
     """Give a started job; nothing of it is left at the end."""
     folder = Path(tempfile.mkdtemp(prefix="ckptd-bench-", dir=base))
-    job = Job(contender, folder, mib)
+    job = Job(contender, folder, mib, device)
     try:
         yield job
     finally:
@@ -273,6 +278,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=100, help="the state of each rank: a model and its AdamW")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the state lies")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kills", type=int, default=2, help="in each start of a contender")
     parser.add_argument("--only", action="append", default=[], metavar="PART-OF-A-NAME")
@@ -290,7 +296,7 @@ def main() -> None:
     for number in range(options.rounds):
         copies_s.append(memcpy_s(options.mib))
         for contender in (item for item in wanted if item not in left_out):
-            with running(contender, options.dir, options.mib) as job:
+            with running(contender, options.dir, options.mib, options.device) as job:
                 for kill in range(options.kills):
                     results[contender.name].append(kill_once(job, (number + kill) % RANKS, chance))
                     print(f"... {contender.name}: {results[contender.name][-1]}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """The training script that is killed: a model under AdamW on every rank, a step of 30 ms or more, an all-reduce each.
 
-`recover_toy.py CONTENDER FOLDER MIB [transformers]`: with "ckptd" it is checkpointed by ckptd, with "dcp" by itself,
-every 20 steps, with torch.distributed.checkpoint. Each rank appends what it has reached, one JSON line each, to
+`recover_toy.py CONTENDER FOLDER MIB DEVICE [transformers]`: with "ckptd" it is checkpointed by ckptd, with "dcp" by
+itself, every 20 steps, with torch.distributed.checkpoint. Each rank appends what it has reached, one JSON line each, to
 FOLDER/events, stamped with the machine's monotonic clock.
 """
 
@@ -43,12 +43,12 @@ def began_s() -> float:
     return since_boot_s - time.clock_gettime(time.CLOCK_BOOTTIME) + time.monotonic()
 
 
-def main(contender: str, folder: Path, mib: int) -> None:
+def main(contender: str, folder: Path, mib: int, device: str) -> None:
     """Train until somebody ends it."""
     events = Events(folder)
     events.note("start", began_s())
     events.note("main", _MAIN_S)
-    if "transformers" in sys.argv[4:]:
+    if "transformers" in sys.argv[5:]:
         from transformers import AutoModelForCausalLM  # noqa: F401 - what such a script pays for
     import torch
     import torch.distributed as dist
@@ -63,7 +63,7 @@ def main(contender: str, folder: Path, mib: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(1)
     width = int((mib * 2**20 / _BYTES_PER_PARAMETER / _LAYERS) ** 0.5)
-    model = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(_LAYERS)))
+    model = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False, device=device) for _ in range(_LAYERS)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     gradients = [torch.full_like(parameter, 1e-3) for parameter in model.parameters()]
     small, work = torch.ones(1000), torch.rand(256, 256)
@@ -77,6 +77,8 @@ def main(contender: str, folder: Path, mib: int) -> None:
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
+        if device != "cpu":
+            torch.cuda.synchronize()
 
     if contender == "dcp":
         _with_dcp(folder, events, model, optimizer, train)
@@ -113,4 +115,4 @@ def _with_dcp(folder: Path, events: Events, model: Any, optimizer: Any, train: A
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

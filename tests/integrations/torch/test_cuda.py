@@ -49,22 +49,25 @@ def test_device_tensors_overlap_by_default(job):
     assert binding.overlaps_by_default
 
 
-def test_the_image_is_that_of_the_boundary(job):
-    """Steps that follow at once, without any wait of the host, do not reach into the copy, buffers included."""
+@pytest.mark.parametrize("busy_cycles", [0, 5 * 10**8])
+def test_the_image_is_that_of_the_boundary(job, busy_cycles):
+    """Steps that follow at once do not reach into the copy, buffers included; the host waits for no busy device."""
     model, optimizer, binding = job
     waits = []
-    binding.before_optimizer_steps(lambda: waits.append(1))
     with mmap.mmap(-1, binding.prepare(1).image_bytes) as memory:
-        for _ in range(5):
+        for _ in range(3):
             expected = written(binding)
+            torch.cuda._sleep(busy_cycles)
             pending = binding.prepare(1).begin(memoryview(memory))
             assert pending is not None
+            binding.before_optimizer_steps(lambda now=pending: waits.append(now.finish()))
             for _ in range(3):
                 step(model, optimizer)
             pending.finish()
             assert pending.done
             assert memory[:] == expected
         binding.close()
+    assert not (busy_cycles and waits)
 
 
 def test_an_early_change_is_named(job):
@@ -112,6 +115,7 @@ def test_witness_is_of_the_boundary():
         prepared = binding.prepare(1)
         with mmap.mmap(-1, prepared.image_bytes) as memory:
             pending = prepared.begin(memoryview(memory))
+            binding.before_optimizer_steps(pending.finish)
             optimizer.step()
             pending.finish()
             seen.append(prepared.witness())

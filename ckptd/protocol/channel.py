@@ -35,13 +35,17 @@ class Channel:
     def send(self, message: Message, deadline_s: float) -> None:
         """Send one message within `deadline_s`; raises `AgentError` when the peer is gone or stuck, and closes."""
         self._check_open()
-        data = encode(to_frame(message))
+        self._send(encode(to_frame(message)), deadline_s)
+
+    def _send(self, data: bytes, deadline_s: float) -> None:
         try:
             self.stream.settimeout(deadline_s)
             self.stream.sendall(data)
-        except OSError as error:
+        except BaseException as error:  # that of a signal's handler, too
             self.close()  # half a message may be out, and the next would be read as its rest
-            raise _gone("did not take a message", error) from error
+            if isinstance(error, OSError):
+                raise _gone("did not take a message", error) from error
+            raise
 
     def receive(self, deadline_s: float) -> Message:
         """Return the next message within `deadline_s`; raises `AgentError` when there is none."""
@@ -66,8 +70,10 @@ class Channel:
 
     def call(self, message: Message, deadline_s: float) -> Message:
         """Send a request and return its answer; a `Refused` answer is raised as the error that it carries."""
-        self.send(message, deadline_s)
+        self._check_open()
+        data = encode(to_frame(message))
         try:
+            self._send(data, deadline_s)
             answer = self.receive(deadline_s)
         except BaseException:
             self.close()  # an answer that comes late would be taken for that of the next call

@@ -24,6 +24,7 @@ from ckptd.protocol.messages import (
     Hello,
     Leave,
     Lent,
+    Message,
     Refused,
     Reserve,
     Welcome,
@@ -198,6 +199,25 @@ def test_a_late_answer_is_not_the_next_one(pair: tuple[Channel, socket.socket]) 
         lend(peer, encode(to_frame(Lent([0], 10))), b"late")
     with pytest.raises(AgentError, match="connection to the agent is closed"):
         channel.call(Leave(1), DEADLINE_S)
+
+
+@pytest.mark.parametrize("exchange", [Channel.call, Channel.send])
+def test_what_was_given_up_has_no_successor(exchange: Callable[[Channel, Message, float], object]) -> None:
+    """A signal's handler that raises once a message is out, and nobody waits yet, takes the connection with it."""
+
+    class Interrupted(socket.socket):
+        def sendall(self, data: object, flags: int = 0) -> None:
+            super().sendall(data, flags)  # type: ignore[arg-type]
+            raise KeyboardInterrupt
+
+    ours, theirs = socket.socketpair()
+    channel = Channel(Interrupted(fileno=ours.detach()))
+    with theirs:
+        with pytest.raises(KeyboardInterrupt):
+            exchange(channel, Reserve(4096), DEADLINE_S)
+        assert told(theirs, 1) == [Reserve(4096)]
+        with pytest.raises(AgentError, match="is closed"):
+            exchange(channel, Reserve(4096), DEADLINE_S)
 
 
 def test_half_a_message_is_not_followed_by_another(pair: tuple[Channel, socket.socket]) -> None:

@@ -19,15 +19,16 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from ckptd.launcher.preload import in_words, shadowed, surroundings, why_unfit
-from ckptd.launcher.processes import close_descriptors, die_with, flush_c_streams
+from ckptd.launcher.processes import close_descriptors, die_with, flush_c_streams, fork
 from ckptd.launcher.stdio import flush_streams
 
 _CHANGED = (ImportError, SyntaxError, AttributeError, OSError, MemoryError)
 """How an import fails that has worked in the child: its files have changed since, or what it takes is used up."""
-_MAX_TRIALS = 8
-"""How often what is left is tried again without a module that proved unfit."""
+_MAX_UNFIT = 8
+"""How many modules may prove unfit, at the price of a trial each, until what comes after them is left alone."""
 NICENESS = 10
 """A trial takes its time beside training, not from it."""
 _PIPE_BYTES = 65536
@@ -57,10 +58,17 @@ class Learner:
     trial: int | None = None
     _wanted: list[str] = field(default_factory=list)
     _unfit: dict[str, str] = field(default_factory=dict)
+    _modules: int = 0
+    _seconds: float = 0.0
 
     def begin(self, names: Iterable[str]) -> None:
         """Begin a trial of those of `names` that are news, unless one is under way; see `trial`."""
-        if self.trial is not None or _ALL in self._unfit or len(self._unfit) >= _MAX_TRIALS:
+        if self.trial is None:
+            self._modules, self._seconds = 0, 0.0
+            self._go_on(names)
+
+    def _go_on(self, names: Iterable[str]) -> None:
+        if _ALL in self._unfit or len(self._unfit) >= _MAX_UNFIT:
             return
         self._wanted = [name for name in names if self._is_news(name)]
         if self._wanted:
@@ -70,31 +78,36 @@ class Learner:
         return name.partition(".")[0] in self.packages and name not in sys.modules and name not in self._unfit
 
     def end(self) -> Learned | None:
-        """Take in the end of the trial. None: another trial has begun, or this one was ended from outside."""
+        """Take in the end of the trial. None: another has begun, or nothing came of it because it has died."""
         assert self.trial is not None
         said = os.read(self.trial, _PIPE_BYTES)
         self.forget()
         if not said:
-            return None
+            return self._learned() if self._modules else None
         unfit: dict[str, str] = json.loads(said)
         self._unfit |= unfit
-        if _ALL in unfit:
-            return Learned(0, 0.0, dict(self._unfit))
-        if unfit:
-            self.begin(self._wanted)
-            if self.trial is not None:
-                return None
-            self._wanted = []
+        if _ALL not in unfit:
+            # What comes after the one that is unfit was not tried, and what comes before it need not be tried again.
+            fit = list(takewhile(lambda name: name not in unfit, self._wanted))
+            self._import(fit)
+            self._go_on(self._wanted[len(fit) + 1 :])
+        return self._learned() if self.trial is None else None
+
+    def _learned(self) -> Learned:
+        return Learned(self._modules, self._seconds, dict(self._unfit))
+
+    def _import(self, names: Iterable[str]) -> None:
         began_s = time.monotonic()
         loaded = len(sys.modules)
-        for name in self._wanted:
+        for name in names:
             try:
                 importlib.import_module(name)
             except _CHANGED as error:
                 self._unfit[name] = f"import failed: {in_words(error)}"
         gc.collect()
         gc.freeze()  # as at the start: a rank's first collection would touch, and so copy, all of it
-        return Learned(len(sys.modules) - loaded, time.monotonic() - began_s, dict(self._unfit))
+        self._modules += len(sys.modules) - loaded
+        self._seconds += time.monotonic() - began_s
 
     def forget(self) -> None:
         """Let go of the trial."""
@@ -111,7 +124,7 @@ def _try_in_child(names: Sequence[str], folder: str) -> int:
     flush_c_streams()
     # A signal that met the child before it has its own handlers would reach the parent through a shared socket.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    if os.fork() == 0:
+    if fork() == 0:
         try:
             die_with(parent_pid)
             close_descriptors(but=writer)
@@ -128,17 +141,20 @@ def _try_in_child(names: Sequence[str], folder: str) -> int:
 def _try(names: Sequence[str], folder: str, writer: int) -> None:
     """Import until one is unfit, and write down which and why."""
     before = surroundings()
-    unfit: dict[str, str] = {}
     for name in names:
         try:
             importlib.import_module(name)
         except BaseException as error:
-            os.write(writer, json.dumps({name: f"import failed: {in_words(error)}"}).encode())
+            _write(writer, {name: f"import failed: {in_words(error)}"}, folder)
             raise
         reason = why_unfit(before)
         if reason is not None:
-            unfit[name] = reason
-            break
+            _write(writer, {name: reason}, folder)
+            return
+    _write(writer, {}, folder)
+
+
+def _write(writer: int, unfit: dict[str, str], folder: str) -> None:
     hidden = shadowed(folder, list(sys.modules))
     if hidden:
         unfit = {_ALL: f"the script's folder has its own {', '.join(hidden)}, which they would hide"}

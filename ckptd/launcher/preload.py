@@ -14,18 +14,20 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.machinery import BuiltinImporter, FrozenImporter
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from ckptd.launcher.processes import current_folder, has_children, open_descriptors
+from ckptd.launcher.processes import current_folder, fork, has_children, open_descriptors
 from ckptd.protocol.failure import describe
 
 StartOver = Callable[[str, str], NoReturn]
 _TASKS = Path("/proc/self/task")
+_SAFE_TASKS = frozenset({"jemalloc_bg_thd"})
+"""Threads, by the names that they give themselves, whose library holds all its locks across a fork and works in the
+child without them. This one is of the allocator jemalloc, which pyarrow brings along and some jobs run under."""
 _REASON_CHARS = 500
 _SETTLE_S = 0.2
 """How long a thread that is on its way out may take to leave the process table."""
@@ -92,10 +94,10 @@ def why_unfit(before: Surroundings) -> str | None:
         return "initialises CUDA"
     if has_children():
         return "starts processes"
-    if _tasks_settled() > 1:
+    if _threads_settled():
         # OpenBLAS and its like end their threads before a fork and start them again on demand: only a fork can tell.
         _probe_fork()
-        if _tasks_settled() > 1:
+        if _threads_settled():
             return f"starts threads: {', '.join(sorted(_thread_names()))}"
     return None
 
@@ -137,18 +139,21 @@ def _signal_name(number: int) -> str:
     return number.name if isinstance(number, signal.Signals) else str(number)
 
 
-def _tasks_settled() -> int:
+def _threads_settled() -> list[str]:
+    """Return the names that the system has of the threads a fork would miss."""
     end_s = time.monotonic() + _SETTLE_S
-    while (count := len(list(_TASKS.iterdir()))) > 1 and time.monotonic() < end_s:
+    while (names := _task_names()) and time.monotonic() < end_s:
         time.sleep(0.005)
-    return count
+    return names
+
+
+def _task_names() -> list[str]:
+    names = [_task_name(task) for task in _TASKS.iterdir() if int(task.name) != os.getpid()]
+    return [name for name in names if name not in _SAFE_TASKS]
 
 
 def _probe_fork() -> None:
-    with warnings.catch_warnings():
-        # Python 3.12 and later warn about forking with threads, which is exactly what is being tried here.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
+    pid = fork()
     if pid == 0:
         os._exit(0)
     with suppress(ChildProcessError):  # a module may have this process's children reaped
@@ -157,9 +162,7 @@ def _probe_fork() -> None:
 
 def _thread_names() -> set[str]:
     names = {thread.name for thread in threading.enumerate() if thread is not threading.main_thread()}
-    if names:
-        return names
-    return {_task_name(task) for task in _TASKS.iterdir() if int(task.name) != os.getpid()}
+    return names or set(_task_names())
 
 
 def _task_name(task: Path) -> str:

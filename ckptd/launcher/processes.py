@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +26,16 @@ def die_with(parent_pid: int) -> None:
     # The parent may have ended before the line above, in which case no signal will ever come.
     if os.getppid() != parent_pid:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fork() -> int:
+    """Fork as `os.fork` does, without Python's warning about threads, which an option may turn into an exception.
+
+    Whoever forks here has looked at the threads there are; see `preload.why_unfit`.
+    """
+    with warnings.catch_warnings():  # left again at once, in the child too
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def flush_c_streams() -> None:

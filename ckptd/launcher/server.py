@@ -18,7 +18,7 @@ from ckptd.errors import AgentError, CkptdError, ConfigError, FencedError, Store
 from ckptd.launcher.command import Belonging, RankCommand
 from ckptd.launcher.control import Control
 from ckptd.launcher.learning import Learner
-from ckptd.launcher.processes import end_descendants, flush_c_streams, kill_group
+from ckptd.launcher.processes import end_descendants, flush_c_streams, fork, kill_group
 from ckptd.launcher.rank import Dispositions, RankStart
 from ckptd.launcher.seeking import Seeker
 from ckptd.launcher.stdio import complain, flush_streams
@@ -252,7 +252,7 @@ class Launcher:
         # of it would arrive here, where the two share a socket: a killed rank would stop its launcher.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            pid = os.fork()
+            pid = fork()
         except OSError as error:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             hint = "the limit of processes (ulimit -u, pids.max) or of memory is reached"

@@ -80,12 +80,53 @@ def test_what_a_fork_would_break_is_left_to_the_ranks(package: Path, name: str, 
     assert result["skipped"][name].startswith(reason)
 
 
+def test_what_brings_jemalloc_along_is_learned(package: Path) -> None:
+    """Proves that an allocator's thread that runs on in the launcher spoils neither its module nor later ones."""
+    (package / "lazy" / "allocator.py").write_text(
+        "import _thread, ctypes, time\n"
+        "def purge():\n"
+        "    ctypes.CDLL(None).prctl(15, b'jemalloc_bg_thd', 0, 0, 0)\n"
+        "    time.sleep(60)\n"
+        "_thread.start_new_thread(purge, ())\n"
+    )
+    (package / "lazy" / "uses_allocator.py").write_text("from lazy import allocator")
+    result = learn(package, "lazy.allocator", "lazy.uses_allocator", "lazy.thread", "lazy.plain")
+    assert result["loaded"] == ["lazy.allocator", "lazy.below", "lazy.plain", "lazy.uses_allocator"]
+    assert result["skipped"] == {"lazy.thread": "starts threads: Thread-1 (sleep)"}
+
+
 def test_what_imports_something_unfit_is_unfit_too(package: Path) -> None:
     """Proves that a module which starts no thread by itself is tried again without the one that did, and left too."""
     result = learn(package, "lazy.thread", "lazy.uses_thread", "lazy.plain")
     assert result["loaded"] == ["lazy.below", "lazy.plain"]
     assert set(result["skipped"]) == {"lazy.thread", "lazy.uses_thread"}
     assert result["trials"] == 3
+
+
+def test_what_comes_before_many_unfit_modules_is_learned(package: Path) -> None:
+    """Proves that a package most of which is unfit costs a bounded number of trials, and not what is fit of it."""
+    users = [f"uses_thread{number}" for number in range(12)]
+    for name in users:
+        (package / "lazy" / f"{name}.py").write_text("from lazy import thread")
+    result = learn(package, "lazy.plain", "lazy.thread", *(f"lazy.{name}" for name in users))
+    assert result["loaded"] == ["lazy.below", "lazy.plain"]
+    assert result["trials"] == len(result["skipped"]) == 8
+
+
+def test_what_was_learned_before_a_trial_that_dies_is_told(package: Path) -> None:
+    """Proves that the modules of an earlier trial stay, and count, when a later one dies."""
+    result = learn(package, "lazy.plain", "lazy.thread", "lazy.deadly")
+    assert result["loaded"] == ["lazy.below", "lazy.plain"]
+    assert (list(result["skipped"]), result["trials"]) == (["lazy.thread"], 2)
+
+
+def test_a_failed_import_teaches_nothing_that_would_hide_a_module_of_the_script(package: Path) -> None:
+    """Proves that what was imported before the failure is looked at as well."""
+    (package / "lazy" / "uses_other.py").write_text("import other")
+    (package / "script" / "other.py").write_text("")
+    result = learn(package, "lazy.uses_other", "lazy.broken")
+    assert result["loaded"] == []
+    assert list(result["skipped"]) == ["*"]
 
 
 def test_a_trial_that_dies_teaches_nothing(package: Path) -> None:

@@ -87,6 +87,30 @@ def test_threads_that_end_before_a_fork_do_no_harm(start, script):
     assert agent.run({})[0].stdout == "1 300.0\n"
 
 
+@pytest.mark.parametrize(
+    ("thread", "preloaded"), [("jemalloc_bg_thd", ["allocator", "later"]), ("jemalloc", ["later"])]
+)
+def test_the_thread_of_jemalloc_does_no_harm(start, modules, script, thread, preloaded):
+    """jemalloc holds its locks across a fork, so its thread is no reason to leave a module out; any other one is.
+
+    Python may warn of a fork beside a thread, and here any warning is an error: ranks start all the same, without it.
+    """
+    (modules / "later.py").write_text("")
+    (modules / "allocator.py").write_text(
+        "import _thread, ctypes, time\n"
+        "def purge():\n"
+        f"    ctypes.CDLL(None).prctl(15, b'{thread}', 0, 0, 0)\n"
+        "    time.sleep(3600)\n"
+        "_thread.start_new_thread(purge, ())\n"
+    )
+    path = script("import os, warnings\nprint(len(os.listdir('/proc/self/task')), warnings.filters[0][0])")
+    agent = start([str(path)], preload=["allocator", "later"], PYTHONWARNINGS="error")
+    ready = agent.expect(messages.Ready)
+    assert ready.preloaded == preloaded
+    assert ready.skipped in ({}, {"allocator": f"starts threads: {thread}"})
+    assert {result.stdout for result in agent.run({}, {})} == {"1 error\n"}
+
+
 def test_numpy_is_reseeded_in_each_rank(start, script):
     """NumPy's global generator is copied by a fork; two ranks, and two generations, must not draw the same."""
     path = script("import random, numpy\nprint(numpy.random.random(), random.random(), sep='\\n')")

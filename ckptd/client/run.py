@@ -335,16 +335,17 @@ class Run:
                 attempt("a copy beside training", self._capturing.settle)
             if self._reporting is not None:
                 attempt("a report", self._reporting.boundary)
-            if isinstance(error, Exception):
+            if isinstance(error, (Exception, SystemExit)):
                 attempt("reporting the exception", self._report_exception, error)
         finally:
             self._end()
 
-    def _report_exception(self, error: Exception) -> None:
-        from ckptd.protocol.failure import describe  # noqa: PLC0415 - only a failing rank needs `traceback`
+    def _report_exception(self, error: Exception | SystemExit) -> None:
+        from ckptd.protocol.failure import describe_end, is_failure  # noqa: PLC0415 - only this rank needs `traceback`
 
         job, rank, generation = self._place
-        self._tell(m.Raised(job, rank, generation, describe(error).to_json()))
+        if is_failure(error):
+            self._tell(m.Raised(job, rank, generation, describe_end(error).to_json()))
 
     def _tell(self, message: m.Message) -> None:
         if self._session is not None:

@@ -27,6 +27,7 @@ from ckptd.launcher.processes import close_descriptors, die_with
 from ckptd.launcher.report import show_below, show_refusal, tell
 from ckptd.launcher.stdio import rebuild_streams
 from ckptd.protocol import inherited
+from ckptd.protocol.failure import is_failure
 
 Dispositions = dict[signal.Signals | int, Any]
 
@@ -138,7 +139,9 @@ def _run_as_main(file: str | None, target: str) -> None:
         show_refusal(error)
         tell(error)
         raise SystemExit(error.exit_code) from None
-    except SystemExit:
+    except SystemExit as error:
+        if is_failure(error):
+            tell(error)
         raise
     except BaseException:
         show_below(_run_as_main.__code__)

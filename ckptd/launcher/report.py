@@ -14,7 +14,7 @@ from types import CodeType, TracebackType
 
 from ckptd.errors import CkptdError
 from ckptd.protocol.channel import open_channel
-from ckptd.protocol.failure import describe
+from ckptd.protocol.failure import describe_end
 from ckptd.protocol.messages import Raised
 
 _DEADLINE_S = 2.0
@@ -63,7 +63,7 @@ def tell(error: BaseException) -> None:
     rank, generation = environ.get("RANK", ""), environ.get("CKPTD_GENERATION", "")
     if not path or not job or not rank.isdecimal() or not generation.isdecimal():
         return
-    message = Raised(job=job, rank=int(rank), generation=int(generation), exception=describe(error).to_json())
+    message = Raised(job=job, rank=int(rank), generation=int(generation), exception=describe_end(error).to_json())
     with suppress(OSError, CkptdError):
         channel, _ = open_channel(path, role="rank", deadline_s=_DEADLINE_S)
         try:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 from ckptd.plugin import Detector, hookimpl
 from ckptd.types import Evidence, RankExit
 from ckptd.units import show_signal, show_size
 
 _COUNTED = 0.9
 """How sure a lack of memory is that was counted in the rank's cgroup: it may have hit another process there."""
+
+_EXIT_CODE = re.compile("[1-9][0-9]{0,2}")
 
 
 class ExitDetector:
@@ -20,7 +25,8 @@ class ExitDetector:
 
         What the rank itself has raised comes before the signal that ended it: Python tells of an exception when
         nothing will catch it any more, and what follows (a peer that gives up, a library that aborts in its clean-up,
-        the agent's own kill) follows from that. A lack of memory comes before both.
+        the agent's own kill) follows from that; an exit code that it was about to end with is told like that, too. A
+        lack of memory comes before all of them.
         """
         if end.returncode == 0:
             return None
@@ -28,6 +34,10 @@ class ExitDetector:
             limit = end.oom.limit_bytes
             where = "" if limit is None else f"; its cgroup may use {show_size(limit)}"
             return self._evidence(end, "oom", f"rank {end.rank} was killed by the kernel: out of memory{where}")
+        code = _code_on_the_way(end)
+        if code is not None:
+            claim = self._evidence(end, "exit", f"rank {end.rank} ended with exit code {code}")
+            return replace(claim, returncode=code, signal=None)
         if end.exception is not None:
             first = next(iter(end.exception.message.strip().splitlines()), "")  # the rest stays with the exception
             said = f": {first}" if first else ""
@@ -50,6 +60,14 @@ class ExitDetector:
             exception=end.exception if kind == "exception" else None,
             facts=_facts(end),
         )
+
+
+def _code_on_the_way(end: RankExit) -> int | None:
+    """Return the exit code that a rank was about to end with, None when it had none."""
+    told = end.exception
+    if told is None or told.type != "SystemExit" or _EXIT_CODE.fullmatch(told.message) is None:
+        return None
+    return end.returncode if end.returncode > 0 else int(told.message)
 
 
 def _facts(end: RankExit) -> tuple[str, ...]:

@@ -70,6 +70,16 @@ def test_the_cause_is_found_behind_its_symptom(light: World) -> None:
     assert (folder / "rank-00001.traceback").read_text().rstrip() == incident["exception"]["traceback"].rstrip()
 
 
+@pytest.mark.parametrize("preload", [(), ("--no-preload",)])
+def test_an_exit_code_is_found_behind_its_symptom(light: World, preload: tuple[str, ...]) -> None:
+    """A rank that is ended while it clears up after `sys.exit(3)` has failed with that code, and its peer by it."""
+    light.finish(light.run("ends.py", "--how", "exit slowly", options=preload))
+    (incident,) = light.incidents_now("ends")
+    assert incident["cause"] == "rank 1 ended with exit code 3"
+    assert incident["consequences"] == ["rank 0 lost its connection to rank 1"]
+    assert (incident["kind"], incident["signal"], incident["returncode"]) == ("exit", None, 3)
+
+
 def test_a_rank_that_runs_out_of_memory(light: World, memory_cgroup: Path) -> None:
     """A rank that the kernel kills in its cgroup is said to have run out of memory, with the limit."""
     light.finish(light.run("ends.py", "--how", "oom", "--cgroup", memory_cgroup))

@@ -37,8 +37,8 @@ def train():
         raise StateError("key 'a' holds a lock", hint="leave it out")
     if case == "interrupt":
         raise KeyboardInterrupt
-    if case == "exit":
-        raise SystemExit(3)
+    if case.isdecimal():
+        raise SystemExit(int(case))
 
 train()
 """
@@ -116,10 +116,19 @@ def test_debug_shows_the_traceback_of_an_error_of_ours(start, agent_socket, envs
 
 
 def test_endings_that_are_no_faults_are_not_reported(start, agent_socket, envs_of, script):
-    """SystemExit and KeyboardInterrupt are somebody's wish, so the agent hears nothing of them."""
-    for case in ("exit", "interrupt", "end"):
+    """An interrupt and the exit codes of success and of a job to be resumed are somebody's wish: nothing is told."""
+    for case in ("0", "75", "interrupt", "end"):
         _, raised = run(start, agent_socket, envs_of, script, case)
         assert raised == []
+
+
+def test_an_exit_code_is_told_before_the_end(start, agent_socket, envs_of, script, until):
+    """A rank that exits as failed says so before it clears up, which takes its connections to others down."""
+    result, _ = run(start, agent_socket, envs_of, script, "3")
+    assert result.returncode == 3
+    until(lambda: len(agent_socket.heard) == 2, "the report arrived")
+    told = RaisedException.from_json(agent_socket.heard[1].exception)
+    assert (told.type, told.message) == ("SystemExit", "3")
 
 
 def test_an_unreachable_agent_changes_nothing(start, tmp_path, envs_of, script):

@@ -35,6 +35,9 @@ _RAISED = RaisedException("RuntimeError", "shapes differ\n  at layer 3", "Traceb
         (7, _RAISED, "exception", None, "rank 3 raised RuntimeError: shapes differ"),
         (1, RaisedException("KeyboardInterrupt", "", ""), "exception", None, "rank 3 raised KeyboardInterrupt"),
         (1, RaisedException("ValueError", "\n\n", ""), "exception", None, "rank 3 raised ValueError"),
+        (3, RaisedException("SystemExit", "3", ""), "exit", None, "rank 3 ended with exit code 3"),
+        (-9, RaisedException("SystemExit", "3", ""), "exit", None, "rank 3 ended with exit code 3"),
+        (-9, RaisedException("SystemExit", "no code", ""), "exception", 9, "rank 3 raised SystemExit: no code"),
         (1, None, "exit", None, "rank 3 ended with exit code 1"),
         (137, None, "exit", None, "rank 3 ended with exit code 137"),
     ],
@@ -46,7 +49,8 @@ def test_what_it_says(
     claim = ExitDetector().on_exit(RankExit(3, 7, returncode, 12.5, exception))
     assert claim is not None
     assert (claim.kind, claim.signal, claim.summary) == (kind, signal, summary)
-    assert (claim.detector, claim.rank, claim.returncode, claim.at_s) == ("exit", 3, returncode, 12.5)
+    code = 3 if kind == "exit" and returncode < 0 else returncode  # what it was about to end with
+    assert (claim.detector, claim.rank, claim.returncode, claim.at_s) == ("exit", 3, code, 12.5)
     assert (claim.certainty, claim.fatal) == (1.0, True)
     assert claim.exception == (exception if kind == "exception" else None)
 

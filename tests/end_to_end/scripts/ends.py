@@ -49,9 +49,11 @@ def end(peer: socket.socket) -> None:
             sys.exit(3)
         case "raise":
             raise ValueError("loss is nan\nat layer 3")
-        case "raise slowly":
+        case "raise slowly" | "exit slowly":
             # The peer is let go of after the exception is told, and long before this process ends.
             atexit.register(lambda: (peer.shutdown(socket.SHUT_RDWR), time.sleep(60)))
+            if options.how == "exit slowly":
+                sys.exit(3)
             raise ValueError("loss is nan")
         case number:
             os.kill(os.getpid(), getattr(signal, number))

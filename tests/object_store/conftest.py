@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import contextlib
+import io
+import sys
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +14,24 @@ import pytest
 from ckptd_plugins.storage_s3.options import Place
 from tests.object_store import server
 from tests.object_store.proxied import ENGINES, Bucket, proxy_of
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add to the report of a failure what the server has logged, and what fsspec's own loop is waiting for."""
+    report = yield
+    if report.failed and isinstance(found := getattr(item, "funcargs", {}).get("s3_process"), server.Server):
+        report.sections += [("the S3 server", found.last_words), ("fsspec's tasks", _fsspec_tasks())]
+    return report
+
+
+def _fsspec_tasks() -> str:
+    loop = getattr(sys.modules.get("fsspec.asyn"), "loop", [None])[0]
+    said = io.StringIO()
+    with contextlib.suppress(RuntimeError):  # tasks come and go meanwhile
+        for task in asyncio.all_tasks(loop) if loop is not None else ():
+            task.print_stack(file=said)
+    return said.getvalue()
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ ACCESS_KEY, SECRET_KEY = "ckptd-tests", "not-a-secret-of-anybody"
 REGION = "us-east-1"
 _READY_DEADLINE_S = 30.0
 _ANSWER_S = 3.0
+_FIRST_BUCKET = "first-bucket"
 _TRIES = 4
 
 
@@ -93,6 +94,11 @@ class Server:
         upload = self.client().create_multipart_upload(**place)
         self.client().upload_part(**place, UploadId=upload["UploadId"], PartNumber=1, Body=b"x" * 5 * 2**20)
 
+    @property
+    def last_words(self) -> str:
+        """The end of what it has logged."""
+        return (self.folder / "log").read_text(errors="replace")[-5000:]
+
     def stop(self) -> None:
         """End it and remove what it kept."""
         self.process.kill()
@@ -105,7 +111,7 @@ class Server:
 
 
 def start(parent: Path | None = None) -> Server:
-    """Start a server in a new folder below `parent` and return it once it answers a signed request.
+    """Start a server in a new folder below `parent` and return it once it keeps an object.
 
     Whoever else starts one at the same time may take a port that was free when this one chose it, and on a machine with
     much to do it can come up without ever answering, so there are several tries.
@@ -133,7 +139,7 @@ def _start(parent: Path | None) -> Server:
         str(Path(sys.executable).parent / "weed"), "-logtostderr=true", "server", f"-dir={folder / 'data'}",
         "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={ports[0]}", f"-volume.port={ports[1]}", "-filer",
         f"-filer.port={ports[2]}", "-s3", f"-s3.port={ports[3]}", f"-s3.config={folder / 's3.json'}",
-        "-master.telemetry=false", "-master.volumeSizeLimitMB=256", "-volume.max=10000",
+        "-master.telemetry=false", "-master.volumeSizeLimitMB=30000", "-volume.max=10000",
         f"-s3.port.iceberg={ports[4]}", f"-s3.port.lance={ports[5]}", f"-s3.localSocket={folder / 's3.sock'}",
         "-s3.autoCreateBucket=false",
     ]  # fmt: skip
@@ -142,6 +148,8 @@ def _start(parent: Path | None) -> Server:
         **os.environ,
         "WEED_S3_SSE_KEY": "a passphrase, so that it can encrypt what it keeps",
         # Each bucket has volumes of its own, seven unless told so: they would be used up after some dozens of buckets.
+        # A volume counts as full for some seconds after a few dozens of puts, whatever their size, unless its limit is
+        # high: new ones would be made all the time, and puts wait for them.
         "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1",
     }
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environ)
@@ -150,7 +158,7 @@ def _start(parent: Path | None) -> Server:
     try:
         _wait_until_ready(server)
     except BaseException:
-        print((folder / "log").read_text(errors="replace")[-3000:], file=sys.stderr)
+        print(server.last_words, file=sys.stderr)
         server.stop()
         raise
     return server
@@ -165,6 +173,10 @@ def _wait_until_ready(server: Server) -> None:
     while server.process.poll() is None:
         try:
             client.list_buckets()
+            # The part that keeps objects joins the others by itself, seconds after they answer.
+            with contextlib.suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
+                client.create_bucket(Bucket=_FIRST_BUCKET)
+            client.put_object(Bucket=_FIRST_BUCKET, Key="first", Body=b"kept")
         except (BotoCoreError, ClientError) as error:
             said = error
         else:

@@ -43,6 +43,7 @@ def s3_server(s3_process: server.Server, monkeypatch: pytest.MonkeyPatch) -> ser
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     for name, value in s3_process.environ.items():
         monkeypatch.setenv(name, value)
+    s3_process.until_ready()
     return s3_process
 
 

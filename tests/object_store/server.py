@@ -19,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import botocore.session
 from botocore.config import Config
@@ -34,7 +35,7 @@ _FIRST_BUCKET = "first-bucket"
 _TRIES = 4
 
 
-class _NotReadyError(AssertionError):
+class NotReadyError(AssertionError):
     """Raised when the server found one of its ports taken, or does not come up."""
 
 
@@ -46,6 +47,8 @@ class Server:
     process: subprocess.Popen[bytes]
     folder: Path
     ports: list[int]
+    _asking: Any = None
+    """A client that has little patience; making one takes 0.2 s."""
 
     @property
     def environ(self) -> dict[str, str]:
@@ -73,6 +76,7 @@ class Server:
 
     def make_bucket(self) -> str:
         """Create a bucket of its own and return its name."""
+        self.until_ready()
         name = f"bucket-{os.urandom(6).hex()}"
         self.client().create_bucket(Bucket=name)
         return name
@@ -93,6 +97,38 @@ class Server:
         place = {"Bucket": bucket, "Key": f"{prefix}/{key}"}
         upload = self.client().create_multipart_upload(**place)
         self.client().upload_part(**place, UploadId=upload["UploadId"], PartNumber=1, Body=b"x" * 5 * 2**20)
+
+    def until_ready(self, patience_s: float = 90.0) -> None:
+        """Wait until it keeps an object.
+
+        The part that keeps objects joins the others by itself, seconds after they answer, and on a machine with much to
+        do it may leave them for a while.
+        """
+        if self._asking is None:
+            # Another server on its port would not know the key. A request that came too early may never be answered.
+            self._asking = self.client(
+                self.folder.name, connect_timeout=1, read_timeout=_ANSWER_S, retries={"total_max_attempts": 1}
+            )
+        deadline_s = time.monotonic() + patience_s
+        while self.process.poll() is None:
+            try:
+                self._keep_one()
+            except (BotoCoreError, ClientError) as error:
+                said = error
+            else:
+                return
+            if time.monotonic() > deadline_s:
+                raise NotReadyError(f"the S3 server does not answer in {patience_s:.0f} s: {said}")
+            time.sleep(0.05)
+        raise NotReadyError(f"the S3 server ended with {self.process.returncode}")
+
+    def _keep_one(self) -> None:
+        place = {"Bucket": _FIRST_BUCKET, "Key": "first"}
+        try:
+            self._asking.put_object(**place, Body=b"kept")
+        except self._asking.exceptions.NoSuchBucket:
+            self._asking.create_bucket(Bucket=_FIRST_BUCKET)
+            self._asking.put_object(**place, Body=b"kept")
 
     @property
     def last_words(self) -> str:
@@ -117,7 +153,7 @@ def start(parent: Path | None = None) -> Server:
     much to do it can come up without ever answering, so there are several tries.
     """
     for _ in range(_TRIES - 1):
-        with contextlib.suppress(_NotReadyError):
+        with contextlib.suppress(NotReadyError):
             return _start(parent)
     return _start(parent)
 
@@ -156,35 +192,12 @@ def _start(parent: Path | None) -> Server:
     log.close()
     server = Server(f"http://127.0.0.1:{ports[3]}", process, folder, ports)
     try:
-        _wait_until_ready(server)
+        server.until_ready(_READY_DEADLINE_S)
     except BaseException:
         print(server.last_words, file=sys.stderr)
         server.stop()
         raise
     return server
-
-
-def _wait_until_ready(server: Server) -> None:
-    deadline_s = time.monotonic() + _READY_DEADLINE_S
-    # Another server on its port would not know the key. A request that came too early may never be answered.
-    client = server.client(
-        server.folder.name, connect_timeout=1, read_timeout=_ANSWER_S, retries={"total_max_attempts": 1}
-    )
-    while server.process.poll() is None:
-        try:
-            client.list_buckets()
-            # The part that keeps objects joins the others by itself, seconds after they answer.
-            with contextlib.suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
-                client.create_bucket(Bucket=_FIRST_BUCKET)
-            client.put_object(Bucket=_FIRST_BUCKET, Key="first", Body=b"kept")
-        except (BotoCoreError, ClientError) as error:
-            said = error
-        else:
-            return
-        if time.monotonic() > deadline_s:
-            raise _NotReadyError(f"the S3 server does not answer in {_READY_DEADLINE_S:.0f} s: {said}")
-        time.sleep(0.05)
-    raise _NotReadyError(f"the S3 server ended with {server.process.returncode}")
 
 
 def _free_ports(count: int) -> list[int]:

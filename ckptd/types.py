@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 _NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+")
+_EXIT_CODE = re.compile("[1-9][0-9]{0,2}")
 
 
 class CheckpointId(NamedTuple):
@@ -118,6 +119,12 @@ class RaisedException:
     traceback: str
     error: dict[str, Any] | None = None
     """The `CkptdError.to_json()` form when the exception was ours: a refusal, not a crash."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code that the rank was about to end with, when it was `SystemExit`."""
+        told = self.type == "SystemExit" and _EXIT_CODE.fullmatch(self.message)
+        return int(self.message) if told else None
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that crosses the socket and is kept with an incident."""

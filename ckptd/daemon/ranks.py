@@ -193,6 +193,10 @@ class Rank:
                 return claim
         if self.ended:
             return Evidence("pidfd", "signal", self.rank, 1.0, f"ckptd ended rank {self.rank}", at_s, signal.SIGKILL)
+        code = None if self.exception is None else self.exception.exit_code
+        if code is not None:
+            summary = f"rank {self.rank} ended with exit code {code}"
+            return Evidence("pidfd", "exit", self.rank, 1.0, summary, at_s, returncode=code)
         if self.exception is not None:
             summary = f"rank {self.rank} raised {self.exception.type}: {self.exception.message}"
             return Evidence("pidfd", "exception", self.rank, 1.0, summary, at_s, exception=self.exception)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 from ckptd.plugin import Detector, hookimpl
@@ -11,8 +10,6 @@ from ckptd.units import show_signal, show_size
 
 _COUNTED = 0.9
 """How sure a lack of memory is that was counted in the rank's cgroup: it may have hit another process there."""
-
-_EXIT_CODE = re.compile("[1-9][0-9]{0,2}")
 
 
 class ExitDetector:
@@ -34,8 +31,9 @@ class ExitDetector:
             limit = end.oom.limit_bytes
             where = "" if limit is None else f"; its cgroup may use {show_size(limit)}"
             return self._evidence(end, "oom", f"rank {end.rank} was killed by the kernel: out of memory{where}")
-        code = _code_on_the_way(end)
-        if code is not None:
+        told = None if end.exception is None else end.exception.exit_code
+        if told is not None:
+            code = end.returncode if end.returncode > 0 else told
             claim = self._evidence(end, "exit", f"rank {end.rank} ended with exit code {code}")
             return replace(claim, returncode=code, signal=None)
         if end.exception is not None:
@@ -60,14 +58,6 @@ class ExitDetector:
             exception=end.exception if kind == "exception" else None,
             facts=_facts(end),
         )
-
-
-def _code_on_the_way(end: RankExit) -> int | None:
-    """Return the exit code that a rank was about to end with, None when it had none."""
-    told = end.exception
-    if told is None or told.type != "SystemExit" or _EXIT_CODE.fullmatch(told.message) is None:
-        return None
-    return end.returncode if end.returncode > 0 else int(told.message)
 
 
 def _facts(end: RankExit) -> tuple[str, ...]:

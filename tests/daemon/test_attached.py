@@ -187,6 +187,18 @@ def test_an_exception_of_a_rank_is_the_incident(node: Node, agent: AgentThread) 
     assert incident["exception"]["traceback"].splitlines()[-1] == "ValueError: no good"
 
 
+def test_an_exit_code_of_a_rank_is_the_incident(node: Node, agent: AgentThread) -> None:
+    """A rank that exits as failed from within the block is the incident by its exit code, whatever ends it then."""
+    puppet = node.puppet()
+    puppet.attach(SIZE)
+    puppet.train_until(lambda: agent.committed(), "a commit")
+    puppet.start("import sys\ntry:\n    with run:\n        sys.exit(3)\nfinally:\n    os.kill(os.getpid(), 9)")
+    until(lambda: node.incidents(), "the incident")
+    (incident,) = node.incidents()
+    assert incident["cause"] == "rank 0 ended with exit code 3"
+    assert (incident["kind"], incident["returncode"], incident["exception"]) == ("exit", 3, None)
+
+
 def test_a_fresh_agent_restores_from_disk(node: Node, start_agent: Callable[..., AgentThread]) -> None:
     """When the agent has gone too, the next one restores the newest commit from disk, and numbers generations on."""
     agent = start_agent()

@@ -51,7 +51,7 @@ def test_a_device_that_never_ends(world: World) -> None:
 
 
 def test_a_loss_that_is_no_number(world: World) -> None:
-    """A loss on the GPU that becomes NaN has the job step back, without a report having waited for the device."""
+    """A loss on the GPU that becomes NaN has the job step back, and it finishes."""
     world.finish(world.run("device.py", 1200, "nan", 600, nproc=1, options=("--numbers", "step_back")))
     (incident,) = world.incidents("device")
     assert incident["kind"] == "nan", incident

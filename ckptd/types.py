@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 _NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+")
@@ -119,6 +119,13 @@ class RaisedException:
     traceback: str
     error: dict[str, Any] | None = None
     """The `CkptdError.to_json()` form when the exception was ours: a refusal, not a crash."""
+    told_s: float | None = field(default=None, compare=False)
+    """Monotonic time at which the agent was told, long before the end of a rank that has much to clear up."""
+
+    def told_after(self, before: RaisedException | None) -> RaisedException:
+        """Return this with the time at which `before` was told, if that is the same exception."""
+        same = before is not None and (before.type, before.message) == (self.type, self.message)
+        return replace(self, told_s=before.told_s) if before is not None and same else self
 
     @property
     def exit_code(self) -> int | None:
@@ -188,6 +195,8 @@ class Evidence:
     """What else is known, a line each, for whoever looks closer."""
     step: int | None = None
     """The step that failed, where that is known: a rank may have finished more when it is noticed."""
+    told_s: float | None = None
+    """Monotonic time at which the rank itself told of it, before its end at `at_s`; None when it did not."""
 
     @property
     def signature(self) -> str:

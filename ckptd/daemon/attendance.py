@@ -173,7 +173,7 @@ class Attendance:
     def raised(self, pid: int, number: int, exception: RaisedException) -> None:
         """Remember what a rank that somebody else has started says of its end."""
         if number in self.admitted and self.admitted[number].peer.pid == pid:
-            self.admitted[number].exception = exception
+            self.admitted[number].exception = exception.told_after(self.admitted[number].exception)
 
     def unwinding(self, pid: int, number: int) -> None:
         """Note that nobody has caught what a rank raised: it is as good as ended, and missed if it does not end."""

@@ -276,7 +276,7 @@ class Processes:
     def raised(self, rank: int, generation: int, exception: RaisedException) -> None:
         """Remember what a rank says of its end, until the end itself is seen."""
         if generation == self._generation:
-            self._exceptions[rank] = exception
+            self._exceptions[rank] = exception.told_after(self._exceptions.get(rank))
 
     def kill(self, number: int) -> None:
         """Send a signal to every rank's process group; ranks that are not started yet stay so."""

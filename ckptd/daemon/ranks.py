@@ -193,13 +193,15 @@ class Rank:
                 return claim
         if self.ended:
             return Evidence("pidfd", "signal", self.rank, 1.0, f"ckptd ended rank {self.rank}", at_s, signal.SIGKILL)
-        code = None if self.exception is None else self.exception.exit_code
-        if code is not None:
-            summary = f"rank {self.rank} ended with exit code {code}"
-            return Evidence("pidfd", "exit", self.rank, 1.0, summary, at_s, returncode=code)
+        told_s = None if self.exception is None else self.exception.told_s
+        if self.exception is not None and (told := self.exception.exit_code) is not None:
+            summary = f"rank {self.rank} ended with exit code {told}"
+            return Evidence("pidfd", "exit", self.rank, 1.0, summary, at_s, returncode=told, told_s=told_s)
         if self.exception is not None:
             summary = f"rank {self.rank} raised {self.exception.type}: {self.exception.message}"
-            return Evidence("pidfd", "exception", self.rank, 1.0, summary, at_s, exception=self.exception)
+            return Evidence(
+                "pidfd", "exception", self.rank, 1.0, summary, at_s, exception=self.exception, told_s=told_s
+            )
         summary = f"rank {self.rank} ended while it was training"
         return Evidence("pidfd", "vanished", self.rank, 1.0, summary, at_s)
 

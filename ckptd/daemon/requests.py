@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,7 @@ def _sealed(rank: Rank, message: m.Seal) -> e.RankSealed:
 def exception_of(message: m.Raised) -> RaisedException:
     """Return the exception that a rank ends with."""
     try:
-        return RaisedException.from_json(message.exception)
+        return replace(RaisedException.from_json(message.exception), told_s=time.monotonic())
     except KeyError as error:
         raise ProtocolError(f"rank {message.rank} reports an exception without {error}") from error
 

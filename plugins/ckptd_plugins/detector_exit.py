@@ -56,6 +56,7 @@ class ExitDetector:
             signal=-end.returncode if end.returncode < 0 else None,
             returncode=end.returncode,
             exception=end.exception if kind == "exception" else None,
+            told_s=None if end.exception is None else end.exception.told_s,
             facts=_facts(end),
         )
 

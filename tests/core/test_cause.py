@@ -74,6 +74,20 @@ CAUSES = [
 ]
 
 
+def test_who_told_first_failed_first():
+    """Of two ranks that told of their failures the one that told first is the cause, however long it takes to end."""
+    peer = dataclasses.replace(raised(1, "AssertionError", "the other rank is gone", at_s=10.0), told_s=9.8)
+    culprit = dataclasses.replace(raised(0, "ValueError", "nan", at_s=10.3, code=-9), told_s=9.7)
+    verdict = compare(Failed(peer), Failed(culprit), 10.1)
+    assert verdict.newer_is_cause
+    assert verdict.reason == "rank 0 told of its failure 100 ms before rank 1"
+    assert not compare(Failed(culprit), Failed(peer), 10.1).newer_is_cause
+    # whoever is killed tells nothing, and its peer may tell before the kernel is done with it: the ends count
+    assert not compare(
+        Failed(died(0, 11, at_s=10.0)), Failed(dataclasses.replace(peer, at_s=10.2)), None
+    ).newer_is_cause
+
+
 @pytest.mark.parametrize(("evidence", "lines"), SYMPTOMS)
 def test_what_a_rank_says_that_has_lost_another_one(evidence, lines):
     """Proves on what gloo, NCCL, torch's store and sockets really say that it is known as a symptom."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -160,6 +161,15 @@ class World:
                     found.append(process)
             except psutil.Error:
                 continue
+        return found
+
+    def launchers(self) -> list[psutil.Process]:
+        """Return every launcher, and every rank that was forked from one and bears its name."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                if "ckptd.launcher" in process.cmdline():
+                    found.append(process)
         return found
 
     def until_empty(self, patience_s: float = PATIENCE_S) -> None:

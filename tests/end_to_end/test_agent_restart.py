@@ -236,8 +236,8 @@ def test_a_launcher_is_killed(light: World, service: Service) -> None:
     """Ranks whose launcher dies are captured once more, and begin again with that; none of them stays."""
     service.train(500, every="1h")
     before = service.pids()
-    for process in light.processes():
-        if "ckptd.launcher" in process.cmdline() and process.pid not in before:
+    for process in light.launchers():
+        if process.pid not in before:
             process.kill()
     light.until_training(JOB, 1, generation=2)
     assert not any(map(started, before))
@@ -255,8 +255,8 @@ def test_agent_and_launcher_die_together(light: World, service: Service) -> None
     service.train(500)
     before = service.pids()
     service.kill()
-    for process in light.processes():
-        if "ckptd.launcher" in process.cmdline() and process.pid not in before:
+    for process in light.launchers():
+        if process.pid not in before:
             process.kill()
     service.start()
     light.until_training(JOB, 1, generation=2)

@@ -111,7 +111,7 @@ def test_a_killed_launcher_restarts_the_job(world: World, uninterrupted: tuple[i
     """kill -9 of the launcher ends its ranks and restarts the whole job from memory."""
     run = world.run("train.py", STEPS, PAUSE)
     world.until_training("train", 40, committed=True)
-    (launcher,) = [item for item in world.processes() if "ckptd.launcher" in item.cmdline() and item.ppid() == run.pid]
+    (launcher,) = [item for item in world.launchers() if item.ppid() == run.pid]
     launcher.kill()
     world.finish(run)
     (incident,) = world.incidents("train")

@@ -99,6 +99,8 @@ def _matching(lines: Sequence[str]) -> str | None:
 def compare(cause: Failed, newer: Failed, killed_s: float | None) -> Verdict:
     """Say whether `newer`, which became known after `cause`, is the cause of both.
 
+    Two ranks that told of their failures are compared by when they did: each may take its time to end, and other ranks
+    can't have failed of it before it told.
     What began the incident was before every kill of ckptd's, which only follows from it.
     """
     before, after = blame(cause, None), blame(newer, killed_s)
@@ -108,10 +110,13 @@ def compare(cause: Failed, newer: Failed, killed_s: float | None) -> Verdict:
         why = "ckptd ended it" if said is None else f"{said!r} is what a rank says that has lost another one"
         return Verdict(after > before, f"{_who(higher)} failed by itself; {_who(lower)} did not: {why}")
     first, second = cause.evidence, newer.evidence
-    if first.at_s != second.at_s:
-        earlier, later = (newer, cause) if second.at_s < first.at_s else (cause, newer)
-        ms = abs(first.at_s - second.at_s) * 1e3
-        return Verdict(earlier is newer, f"{_who(earlier)} ended {ms:.3g} ms before {_who(later)}")
+    did, first_s, second_s = "ended", first.at_s, second.at_s
+    if first.told_s is not None and second.told_s is not None:
+        did, first_s, second_s = "told of its failure", first.told_s, second.told_s
+    if first_s != second_s:
+        earlier, later = (newer, cause) if second_s < first_s else (cause, newer)
+        ms = abs(first_s - second_s) * 1e3
+        return Verdict(earlier is newer, f"{_who(earlier)} {did} {ms:.3g} ms before {_who(later)}")
     more = _abruptness(second) < _abruptness(first)
     one, other = (newer, cause) if more else (cause, newer)
     why = "ended more abruptly" if _abruptness(first) != _abruptness(second) else "was heard of first"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -171,6 +172,20 @@ class World:
                 if "ckptd.launcher" in process.cmdline():
                     found.append(process)
         return found
+
+    def wipe(self, folder: Path) -> None:
+        """Delete a folder while somebody may write into it."""
+
+        def gone() -> bool:
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                    raise
+                return not folder.exists()
+            return True
+
+        until(gone, f"the end of {folder}")
 
     def until_empty(self, patience_s: float = PATIENCE_S) -> None:
         """Wait until no process of this world is left."""

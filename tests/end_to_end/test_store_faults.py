@@ -146,7 +146,7 @@ def test_a_disk_that_is_wiped_under_a_job(store: Store) -> None:
     agent is lost too, the job is restored from the bucket."""
     world = store.world
     before = store.there()
-    shutil.rmtree(world.store / JOB)
+    world.wipe(world.store / JOB)
     until(lambda: store.here() > before, "a commit after the disk was wiped")
     store.until_there("the loss of the disk")
     assert not [item for item in store.said(0) if item["event"] == "generation failed"], "training was disturbed"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -255,7 +254,7 @@ def test_a_full_disk_during_a_flush(job: Job, table: Table) -> None:
 def test_the_store_deleted(job: Job, table: Table) -> None:
     """A store that somebody deletes is filled again by the next checkpoint; a rank that dies then restarts."""
     before = job.until_training(committed=True)
-    shutil.rmtree(job.world.store / NAME)
+    job.world.wipe(job.world.store / NAME)
     at = time.time()
     job.until_commit(before["last_committed"]["step"])
     again_s = time.time() - at

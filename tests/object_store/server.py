@@ -7,6 +7,7 @@ half a minute, so neither is done.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from typing import Any
 import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
 from tests.waiting import until
 
@@ -113,7 +116,7 @@ class Server:
         while self.process.poll() is None:
             try:
                 self._keep_one()
-            except (BotoCoreError, ClientError) as error:
+            except (BotoCoreError, ClientError, ResponseParserError) as error:
                 said = error
             else:
                 return
@@ -149,13 +152,25 @@ class Server:
 def start(parent: Path | None = None) -> Server:
     """Start a server in a new folder below `parent` and return it once it keeps an object.
 
-    Whoever else starts one at the same time may take a port that was free when this one chose it, and on a machine with
-    much to do it can come up without ever answering, so there are several tries.
+    One after the other on a machine: a server takes some seconds until it has all its ports, and one that found some of
+    them taken would remove the sockets of the other at its end. Programs that are none of ours may still take one.
     """
-    for _ in range(_TRIES - 1):
-        with contextlib.suppress(NotReadyError):
-            return _start(parent)
-    return _start(parent)
+    with _alone():
+        for _ in range(_TRIES - 1):
+            with contextlib.suppress(NotReadyError):
+                return _start(parent)
+        return _start(parent)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Wait until nobody else starts a server, by a lock that leaves nothing behind."""
+    folder = os.open(tempfile.gettempdir(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _start(parent: Path | None) -> Server:
@@ -205,10 +220,11 @@ def _free_ports(count: int) -> list[int]:
 
     They lie below those that the kernel hands out, or anybody's connection could take one before the server does.
     """
+    chance = random.SystemRandom()  # tests seed the other one
     found: list[int] = []
     with contextlib.ExitStack() as stack:
         while len(found) < count:
-            port = random.randrange(11_000, 22_000)
+            port = chance.randrange(11_000, 22_000)
             held = [stack.enter_context(socket.socket()) for _ in range(2)]
             with contextlib.suppress(OSError):
                 held[0].bind(("127.0.0.1", port))

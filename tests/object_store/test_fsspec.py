@@ -95,6 +95,7 @@ class TestCarefully(TierSuite):
         return tier
 
 
+@pytest.mark.timeout(450)  # s3fs itself asks a server that does not answer up to 25 times, for 15 s each
 class TestObjectStore(TierSuite):
     """A real object store through fsspec keeps the contract as ``gs`` and ``az`` do: objects appear whole."""
 

@@ -57,7 +57,7 @@ UPLOADS: dict[str, tuple[Fault, str, int, type[CkptdError] | None]] = {
 def test_an_upload_commits_what_is_right_or_nothing(bucket: Bucket, local: Tier, case: str) -> None:
     """An upload passes or says what is wrong, commits nothing that is not whole, and passes once the fault is over."""
     fault, key, times, kind = UPLOADS[case]
-    target = bucket.agents(deadline_s=15 if kind is None else 0.5)
+    target = bucket.agents(deadline_s=60 if kind is None else 0.5)
     rule = bucket.proxy.add(fault, "put", key=key, times=times)
     if kind is None:
         copying.upload(local, target, JOB, LATER)
@@ -110,7 +110,7 @@ def test_a_fetch_gives_what_was_committed_or_nothing(uploaded: Bucket, case: str
     rule = uploaded.proxy.add(fault, "get", key=key, times=times)
     target = MemoryTier()
     try:
-        fetching.fetch([uploaded.agents(deadline_s=15, timeout=5)], target, JOB, LATER)
+        fetching.fetch([uploaded.agents(deadline_s=60, timeout=5)], target, JOB, LATER)
     except DamagedError:
         assert isinstance(fault, Flip), "an honest fault passed for damage"
         assert MANIFEST not in target.objects
@@ -140,6 +140,6 @@ def test_a_repair_over_a_bad_way(uploaded: Bucket, local: Tier, damaged: bool) -
         flip(plain, key, 2 * 2**10)
     uploaded.proxy.add(Reset(1000), "put", times=1)
     uploaded.proxy.add(Answer(503, "SlowDown"), "get", "put", times=2)
-    found = fetching.repair(uploaded.agents(deadline_s=15), [local], JOB, LATER)
+    found = fetching.repair(uploaded.agents(deadline_s=60), [local], JOB, LATER)
     assert [item.error for item in found] == [None] * damaged
     assert uploaded.kept(key) == good()[key]

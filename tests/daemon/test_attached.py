@@ -175,28 +175,27 @@ def test_slots_that_do_not_fit_are_refused_at_attach(node: Node, start_agent: Ca
     assert not agent.job()._arena.slots(0)
 
 
-def test_an_exception_of_a_rank_is_the_incident(node: Node, agent: AgentThread) -> None:
-    """An exception that leaves the block is the incident's cause, with its traceback, for ranks of any launcher."""
+@pytest.mark.parametrize(
+    ("end", "kind", "cause", "traceback"),
+    [
+        ("raise ValueError('no good')", "exception", "rank 0 raised ValueError: no good", "ValueError: no good"),
+        ("raise SystemExit(3)", "exit", "rank 0 ended with exit code 3", None),
+    ],
+)
+def test_what_a_rank_ends_with_is_the_incident(
+    node: Node, agent: AgentThread, end: str, kind: str, cause: str, traceback: str | None
+) -> None:
+    """An exception or a failing exit code that leaves the block is the cause, for ranks of any launcher, whatever
+    ends the process then."""
     puppet = node.puppet()
     puppet.attach(SIZE)
     puppet.train_until(lambda: agent.committed(), "a commit")
-    puppet.start("try:\n    with run:\n        raise ValueError('no good')\nexcept ValueError:\n    os._exit(1)")
+    puppet.start(f"try:\n    with run:\n        {end}\nfinally:\n    os.kill(os.getpid(), 9)")
     until(lambda: node.incidents(), "the incident")
     (incident,) = node.incidents()
-    assert incident["cause"] == "rank 0 raised ValueError: no good"
-    assert incident["exception"]["traceback"].splitlines()[-1] == "ValueError: no good"
-
-
-def test_an_exit_code_of_a_rank_is_the_incident(node: Node, agent: AgentThread) -> None:
-    """A rank that exits as failed from within the block is the incident by its exit code, whatever ends it then."""
-    puppet = node.puppet()
-    puppet.attach(SIZE)
-    puppet.train_until(lambda: agent.committed(), "a commit")
-    puppet.start("import sys\ntry:\n    with run:\n        sys.exit(3)\nfinally:\n    os.kill(os.getpid(), 9)")
-    until(lambda: node.incidents(), "the incident")
-    (incident,) = node.incidents()
-    assert incident["cause"] == "rank 0 ended with exit code 3"
-    assert (incident["kind"], incident["returncode"], incident["exception"]) == ("exit", 3, None)
+    assert (incident["kind"], incident["cause"]) == (kind, cause)
+    told = incident["exception"]
+    assert (told and told["traceback"].splitlines()[-1]) == traceback
 
 
 def test_a_fresh_agent_restores_from_disk(node: Node, start_agent: Callable[..., AgentThread]) -> None:
